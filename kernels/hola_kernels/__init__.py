@@ -1,0 +1,14 @@
+"""Kernels of the HOLA layer: torch (and Triton, where there is a GPU), nothing else.
+
+Every operation has a reference (token by token, float64-capable: the definition) and
+faster backends with the same signature and the same numbers.
+"""
+
+from hola_kernels.attention import hola_attention, hola_attention_step
+from hola_kernels.errors import KernelError
+from hola_kernels.exact_cache import exact_read, read_mass, select_cache
+from hola_kernels.gated_delta import gated_delta_rule
+from hola_kernels.state import HolaState
+
+__all__ = ["HolaState", "KernelError", "exact_read", "gated_delta_rule", "hola_attention", "hola_attention_step",
+           "read_mass", "select_cache"]

@@ -1,0 +1,160 @@
+"""hola_attention: a compressed memory and a bounded exact one, read together.
+
+    o = o_state + sigmoid(gate) * o_cache
+o_state is the gated delta rule; o_cache a sharp softmax over the w tokens of earlier
+blocks that changed the state most, the token's own block, and a sink. The cache's
+choice comes from the state's own residual, so the two parts share one pass.
+Source: arXiv 2607.02303.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from hola_kernels.checks import check_memory, check_tokens, segments_of
+from hola_kernels.errors import KernelError
+from hola_kernels.exact_cache import exact_read
+from hola_kernels.gated_delta import gated_delta_rule
+from hola_kernels.norms import compute_dtype, l2_normalize, read_normalize
+from hola_kernels.state import HolaState
+
+SCORES = ("betae", "e", "betav", "recency", "random")
+READ_NORMS = ("rms", "l2")
+
+
+def hola_attention(*, q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, beta: Tensor, gamma_q: Tensor,
+                   gamma_k: Tensor, gate: Tensor, sink: Tensor | None, block: int = 256, slots: int = 64,
+                   score: str = "betae", read_norm: str = "rms", cu_seqlens: Tensor | None = None,
+                   state: HolaState | None = None, return_state: bool = False,
+                   backend: str = "auto") -> Tensor | tuple[Tensor, HolaState]:
+    """The HOLA token mixer after the projections, before the output norm.
+
+    q, k [B, T, H, K], v [B, T, H, V]: after convolution and SiLU, not normalised (both norms happen here).
+    log_decay [B, T, H] = log alpha <= 0; beta [B, T, H] in (0, 1); gamma_q, gamma_k [K];
+    gate [H] (its sigmoid weighs the exact read); sink [H] a logit, or None for no sink.
+    cu_seqlens [N + 1]: packed documents, B = 1. state: the memory of N sequences (N = B without cu_seqlens).
+    score: what the cache ranks by, "betae" (the paper's) or an ablation; read_norm: "rms" sharp, "l2" flat.
+
+    Returns o [B, T, H, V] in v's dtype, and with return_state the memory after the last token.
+    Raises KernelError naming the argument that does not fit.
+    """
+    check_tokens(q, k, v, log_decay, beta, cu_seqlens)
+    _check_choices(score, read_norm)
+    cuts = segments_of(q, cu_seqlens)
+    memory = check_memory(state, cuts.numel() - 1, k, v, block, slots)
+    o_state, written, final_state = gated_delta_rule(
+        q=q, k=k, v=v, log_decay=log_decay, beta=beta, cu_seqlens=cu_seqlens, initial_state=memory.state,
+        backend=backend)
+    rank = _rank_tokens(score, written, v, beta, cuts, memory)
+    o_cache, after = exact_read(
+        q=q, k=k, v=v, score=rank, gamma_q=gamma_q, gamma_k=gamma_k, sink=sink, block=block, slots=slots,
+        read_norm=read_norm, cu_seqlens=cu_seqlens, memory=memory, backend=backend)
+    wide = compute_dtype(v)
+    o = (o_state.to(wide) + gate.to(wide).sigmoid()[:, None] * o_cache.to(wide)).to(v.dtype)
+    return (o, replace(after, state=final_state)) if return_state else o
+
+
+@torch.no_grad()
+def hola_attention_step(*, q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, beta: Tensor, gamma_q: Tensor,
+                        gamma_k: Tensor, gate: Tensor, sink: Tensor | None, state: HolaState,
+                        score: str = "betae", read_norm: str = "rms") -> Tensor:
+    """One decoded token for each of N sequences; `state` is updated in place.
+
+    q, k [N, H, K], v [N, H, V], log_decay, beta [N, H]; the rest as in hola_attention. Returns o [N, H, V].
+    """
+    _check_choices(score, read_norm)
+    wide, out_dtype = compute_dtype(v), v.dtype
+    q, k, v, beta_wide = q.to(wide), k.to(wide), v.to(wide), beta.to(wide)
+    unit_q, unit_k = l2_normalize(q), l2_normalize(k)
+    decayed = log_decay.to(wide).exp()[..., None, None] * state.state
+    residual = v - (decayed * unit_k[..., None]).sum(-2)
+    state.state.copy_(decayed + (beta_wide[..., None] * unit_k)[..., None] * residual[..., None, :])
+    o_state = (state.state * unit_q[..., None]).sum(-2) * q.shape[-1] ** -0.5
+    written = beta_wide * residual.norm(dim=-1)
+    cuts = torch.arange(q.shape[0] + 1, device=q.device)
+    rank = _rank_tokens(score, written[:, None], v[:, None], beta_wide[:, None], cuts, state)[:, 0]
+    _append(state, k, v, rank)
+    o_cache = _read_step(q, gamma_q, gamma_k, sink, read_norm, state)
+    _close_full_blocks(state)
+    return (o_state + gate.to(wide).sigmoid()[:, None] * o_cache).to(out_dtype)
+
+
+def _check_choices(score: str, read_norm: str) -> None:
+    if score not in SCORES:
+        raise KernelError(f"score: {score!r} is not one of {', '.join(SCORES)}")
+    if read_norm not in READ_NORMS:
+        raise KernelError(f"read_norm: {read_norm!r} is not one of {', '.join(READ_NORMS)}")
+
+
+@torch.no_grad()
+def _rank_tokens(score: str, written: Tensor, v: Tensor, beta: Tensor, cuts: Tensor, memory: HolaState) -> Tensor:
+    """What the cache ranks by, [B, T, H]; `written` is beta * |residual|."""
+    if score == "betae":
+        return written
+    if score == "e":
+        return written / beta.to(written.dtype).clamp_min(torch.finfo(written.dtype).tiny)
+    if score == "betav":
+        return beta.to(written.dtype) * v.to(written.dtype).norm(dim=-1)
+    flat = torch.arange(int(cuts[-1]), device=v.device)
+    segment = torch.searchsorted(cuts, flat, right=True) - 1
+    position = flat - cuts[segment] + memory.length[segment]
+    rank = position if score == "recency" else _scramble(position)
+    return rank.to(written.dtype).view(written.shape[0], written.shape[1], 1).expand_as(written)
+
+
+def _scramble(position: Tensor) -> Tensor:
+    """A fixed pseudo-random number in [0, 2^23) of the position alone: the same however a sequence is cut."""
+    x = position
+    for multiplier in (0x2C1B3C6D, 0x297A2D39):
+        x = ((x ^ (x >> 15)) * multiplier) & 0xFFFFFFFF
+    return (x ^ (x >> 16)) & 0x7FFFFF
+
+
+def _append(state: HolaState, k: Tensor, v: Tensor, rank: Tensor) -> None:
+    row, place = torch.arange(k.shape[0], device=k.device), state.open_count
+    state.open_k[row, place] = k.to(state.open_k.dtype)
+    state.open_v[row, place] = v.to(state.open_v.dtype)
+    state.open_score[row, place] = rank.to(state.open_score.dtype)
+    state.length += 1
+
+
+def _read_step(q: Tensor, gamma_q: Tensor, gamma_k: Tensor, sink: Tensor | None, read_norm: str,
+               state: HolaState) -> Tensor:
+    wide = q.dtype
+    k = torch.cat([state.cache_k, state.open_k.transpose(1, 2)], 2).to(wide)
+    v = torch.cat([state.cache_v, state.open_v.transpose(1, 2)], 2).to(wide)
+    key = read_normalize(k, gamma_k, read_norm)
+    logits = (key * read_normalize(q, gamma_q, read_norm)[..., None, :]).sum(-1) * q.shape[-1] ** -0.5
+    opened = (state.length - 1) % state.block + 1
+    in_block = torch.arange(state.block, device=q.device) < opened[:, None]
+    visible = torch.cat([state.cache_position >= 0, in_block[:, None].expand(-1, q.shape[1], -1)], -1)
+    logits = logits.masked_fill(~visible, -torch.inf)
+    if sink is not None:
+        logits = torch.cat([logits, sink.to(wide)[None, :, None].expand(q.shape[0], -1, 1)], -1)
+    weights = logits.softmax(-1)[..., : v.shape[2]]
+    return (weights[..., None] * v).sum(-2)
+
+
+def _close_full_blocks(state: HolaState) -> None:
+    """Merge the open block of every sequence that has just filled it into its cache."""
+    rows = torch.nonzero(state.open_count == 0).squeeze(1)
+    if not rows.numel():
+        return
+    position = state.length[rows, None] - state.block + torch.arange(state.block, device=rows.device)
+    position = position[:, None].expand(-1, state.cache_score.shape[1], -1)
+    new = (state.open_score[rows].transpose(1, 2), position, state.open_k[rows].transpose(1, 2),
+           state.open_v[rows].transpose(1, 2))
+    kept = (state.cache_score, state.cache_position, state.cache_k, state.cache_v)
+    both = [torch.cat([old[rows], fresh.to(old.dtype)], 2) for old, fresh in zip(kept, new, strict=True)]
+    best = both[0].sort(dim=-1, descending=True, stable=True).indices[..., : state.slots]
+    # by position, empty slots (position -1) last, as a full pass leaves them
+    where = both[1].gather(-1, best)
+    best = best.gather(-1, torch.where(where < 0, torch.iinfo(torch.int64).max, where).sort(dim=-1, stable=True).indices)
+    for old, merged in zip(kept, both, strict=True):
+        index = best if merged.ndim == 3 else best[..., None].expand(*best.shape, merged.shape[-1])
+        old[rows] = merged.gather(2, index)
+    for opened in (state.open_k, state.open_v, state.open_score):
+        opened[rows] = 0

@@ -1,0 +1,52 @@
+"""Argument checks shared by the operations: one place, one wording."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from hola_kernels.errors import KernelError
+from hola_kernels.segments import dense_cu_seqlens
+from hola_kernels.state import HolaState
+
+
+def check_tokens(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, beta: Tensor,
+                 cu_seqlens: Tensor | None) -> None:
+    """q, k [B, T, H, K], v [B, T, H, V], log_decay and beta [B, T, H], cu_seqlens [N + 1] with B = 1."""
+    if q.ndim != 4 or q.shape != k.shape:
+        raise KernelError(f"q {tuple(q.shape)} and k {tuple(k.shape)} must be the same [B, T, H, K]")
+    if v.ndim != 4 or v.shape[:3] != q.shape[:3]:
+        raise KernelError(f"v {tuple(v.shape)} must be [B, T, H, V] with the B, T, H of q {tuple(q.shape)}")
+    for name, x in (("log_decay", log_decay), ("beta", beta)):
+        if x.shape != q.shape[:3]:
+            raise KernelError(f"{name} {tuple(x.shape)} must be [B, T, H] = {tuple(q.shape[:3])}")
+    if cu_seqlens is None:
+        return
+    if q.shape[0] != 1:
+        raise KernelError(f"cu_seqlens needs B = 1 (documents packed in one row), got B = {q.shape[0]}")
+    bad = cu_seqlens.ndim != 1 or cu_seqlens.is_floating_point() or cu_seqlens.numel() < 2
+    if bad or int(cu_seqlens[0]) != 0 or int(cu_seqlens[-1]) != q.shape[1] or bool((cu_seqlens.diff() < 0).any()):
+        raise KernelError(f"cu_seqlens must be integers rising from 0 to T = {q.shape[1]}, at least two")
+
+
+def segments_of(x: Tensor, cu_seqlens: Tensor | None) -> Tensor:
+    """cu_seqlens of the flattened tokens x [B, T, ...]: as given, or one segment a row."""
+    if cu_seqlens is not None:
+        return cu_seqlens.to(device=x.device, dtype=torch.int64)
+    return dense_cu_seqlens(x.shape[0], x.shape[1], x.device)
+
+
+def check_memory(memory: HolaState | None, sequences: int, k: Tensor, v: Tensor, block: int, slots: int) -> HolaState:
+    """The memory given, checked against the call, or an empty one."""
+    if block < 1 or slots < 1:
+        raise KernelError(f"block = {block} and slots = {slots} must be at least 1")
+    heads, key_dim, value_dim = k.shape[-2], k.shape[-1], v.shape[-1]
+    if memory is None:
+        return HolaState.empty(sequences, heads, key_dim, value_dim, block=block, slots=slots, dtype=v.dtype,
+                               device=v.device)
+    want = (sequences, heads, slots, key_dim, value_dim, block)
+    have = (memory.length.numel(), memory.cache_k.shape[1], memory.slots, memory.cache_k.shape[3],
+            memory.cache_v.shape[3], memory.block)
+    if have != want:
+        raise KernelError(f"state has (sequences, H, slots, K, V, block) = {have}, the call needs {want}")
+    return memory

@@ -1,0 +1,60 @@
+"""The bounded exact memory: which tokens are kept, and how they are read."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from hola_kernels.backend import choose_backend
+from hola_kernels.checks import check_memory, check_tokens, segments_of
+from hola_kernels.exact_cache.reference import exact_read_reference
+from hola_kernels.exact_cache.torch_blocks import exact_read_blocks, read_mass_blocks, select_tokens
+from hola_kernels.state import HolaState
+
+IMPLEMENTATIONS = {"reference": exact_read_reference, "torch": exact_read_blocks}
+
+
+def exact_read(*, q: Tensor, k: Tensor, v: Tensor, score: Tensor, gamma_q: Tensor, gamma_k: Tensor,
+               sink: Tensor | None, block: int = 256, slots: int = 64, read_norm: str = "rms",
+               cu_seqlens: Tensor | None = None, memory: HolaState | None = None,
+               backend: str = "auto") -> tuple[Tensor, HolaState]:
+    """Select the cache from the scores, block by block, and read cache, own block and sink.
+
+    q, k [B, T, H, K], v [B, T, H, V] not normalised; score [B, T, H]; gamma_q, gamma_k [K];
+    sink [H] or None. Returns o_cache [B, T, H, V] in v's dtype and the memory after the call
+    (its compressed `state` is the one given). Raises KernelError.
+    """
+    check_tokens(q, k, v, score, score, cu_seqlens)
+    cuts = segments_of(q, cu_seqlens)
+    memory = check_memory(memory, cuts.numel() - 1, k, v, block, slots)
+    run = IMPLEMENTATIONS[choose_backend(backend, q.device)]
+    o, after = run(*(x.flatten(0, 1) for x in (q, k, v, score)), gamma_q, gamma_k, sink, read_norm, cuts, memory)
+    return o.view_as(v).to(v.dtype), after
+
+
+def select_cache(*, score: Tensor, block: int = 256, slots: int = 64, cu_seqlens: Tensor | None = None) -> Tensor:
+    """The tokens each block sees of its past: [U, H, slots] flat token numbers, -1 where a slot is empty.
+
+    score [B, T, H]; blocks are numbered segment by segment. Ties stay with the earlier token.
+    """
+    cuts = segments_of(score, cu_seqlens)
+    nothing = torch.zeros(*score.shape, 1, device=score.device)
+    memory = HolaState.empty(cuts.numel() - 1, score.shape[2], 1, 1, block=block, slots=slots, device=score.device)
+    rows = select_tokens(score.detach().flatten(0, 1), cuts, check_memory(
+        memory, cuts.numel() - 1, nothing, nothing, block, slots)).rows
+    return torch.where(rows < score.shape[0] * score.shape[1], rows, -1)
+
+
+def read_mass(*, q: Tensor, k: Tensor, v: Tensor, score: Tensor, gamma_q: Tensor, gamma_k: Tensor,
+              sink: Tensor | None, block: int = 256, slots: int = 64, read_norm: str = "rms",
+              cu_seqlens: Tensor | None = None) -> Tensor:
+    """[B, T, H, 3]: the share of every read's softmax on cached slots, own block, and sink."""
+    check_tokens(q, k, v, score, score, cu_seqlens)
+    cuts = segments_of(q, cu_seqlens)
+    memory = check_memory(None, cuts.numel() - 1, k, v, block, slots)
+    mass = read_mass_blocks(*(x.flatten(0, 1) for x in (q, k, v, score)), gamma_q, gamma_k, sink, read_norm,
+                            cuts, memory)
+    return mass.view(*score.shape, 3)
+
+
+__all__ = ["exact_read", "read_mass", "select_cache"]

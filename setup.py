@@ -1,0 +1,48 @@
+"""Install both packages: hola_megatron (the stack) and hola_kernels (kernels/hola_kernels)."""
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+HERE = Path(__file__).parent
+
+EXTRAS = {
+    # needs a CUDA build of torch and `--no-build-isolation`; 2.13 to 2.16 do not load beside cuBLAS 13.1
+    "te": ["transformer-engine[pytorch,core_cu13]>=2.17"],
+    "deepspeed": ["deepspeed>=0.19"],
+    "eval": ["lm-eval>=0.4.9"],
+    "wandb": ["wandb"],
+    "dev": ["pytest>=8", "pytest-timeout", "ruff>=0.9"],
+}
+
+setup(
+    name="hola-megatron",
+    version="0.1.0",
+    description="Distributed pretraining of linear-attention language models with an exact memory",
+    long_description=(HERE / "README.md").read_text(encoding="utf-8") if (HERE / "README.md").exists() else "",
+    long_description_content_type="text/markdown",
+    python_requires=">=3.12",
+    packages=find_packages(include=["hola_megatron", "hola_megatron.*"])
+    + find_packages("kernels", include=["hola_kernels", "hola_kernels.*"]),
+    package_dir={"hola_kernels": "kernels/hola_kernels"},
+    package_data={"hola_megatron.data": ["bundled/*"]},
+    install_requires=[
+        "torch>=2.11",
+        "triton>=3.6; platform_system == 'Linux'",  # megatron-core 0.19 imports it without declaring it
+        "megatron-core>=0.19,<0.20",
+        "mosaicml-streaming>=0.13,<0.14",
+        "transformers>=4.57",
+        "safetensors>=0.5",
+        "pydantic>=2.8",
+        "pyyaml",
+        "tensorboard",
+        "matplotlib",
+        "psutil",
+        "sentencepiece",
+        "pyarrow",
+        "zstandard",
+        "filelock",
+        "tqdm",
+    ],
+    extras_require=EXTRAS,
+)
