@@ -7,8 +7,12 @@ user error or calls `sys.exit`.
 
 from __future__ import annotations
 
+import os
 import sys
+import time
 from collections.abc import Callable
+
+RANK_0_FIRST_SECONDS = 3
 
 EXIT_OK = 0
 EXIT_RECIPE = 2
@@ -63,6 +67,9 @@ def run_cli(main: Callable[[], int | None]) -> None:
         code = main() or EXIT_OK
     except UserError as error:
         sys.stdout.flush()
+        if os.environ.get("RANK", "0") != "0":
+            # mostly every rank meets the same error: rank 0 says it, and the launcher ends us meanwhile
+            time.sleep(RANK_0_FIRST_SECONDS)
         for line in str(error).splitlines():
             print(f"{type(error).__name__}: {line}", file=sys.stderr, flush=True)
         code = error.exit_code

@@ -4,3 +4,23 @@ import os
 
 os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+
+@pytest.fixture(scope="session")
+def text_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The bundled text as bytes, in samples of 64 tokens: {train,valid} folders."""
+    from helpers import run_program
+
+    root = tmp_path_factory.mktemp("text")
+    for part in ("train", "valid"):
+        done = run_program(["tools/prepare_data.py", "--bundled", part, "--tokenizer", "bytes", "--sequence-length", "64",
+                            "--workers", "1", "--out", str(root / part)], root / "log.txt")
+        assert done.code == 0, done.output
+    return root

@@ -20,13 +20,18 @@ def check_tokens(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, beta: Tenso
     for name, x in (("log_decay", log_decay), ("beta", beta)):
         if x.shape != q.shape[:3]:
             raise KernelError(f"{name} {tuple(x.shape)} must be [B, T, H] = {tuple(q.shape[:3])}")
+    check_cu_seqlens(q, cu_seqlens)
+
+
+def check_cu_seqlens(x: Tensor, cu_seqlens: Tensor | None) -> None:
+    """cu_seqlens [N + 1] cuts the T tokens of x [1, T, ...], or is None."""
     if cu_seqlens is None:
         return
-    if q.shape[0] != 1:
-        raise KernelError(f"cu_seqlens needs B = 1 (documents packed in one row), got B = {q.shape[0]}")
+    if x.shape[0] != 1:
+        raise KernelError(f"cu_seqlens needs B = 1 (documents packed in one row), got B = {x.shape[0]}")
     bad = cu_seqlens.ndim != 1 or cu_seqlens.is_floating_point() or cu_seqlens.numel() < 2
-    if bad or int(cu_seqlens[0]) != 0 or int(cu_seqlens[-1]) != q.shape[1] or bool((cu_seqlens.diff() < 0).any()):
-        raise KernelError(f"cu_seqlens must be integers rising from 0 to T = {q.shape[1]}, at least two")
+    if bad or int(cu_seqlens[0]) != 0 or int(cu_seqlens[-1]) != x.shape[1] or bool((cu_seqlens.diff() < 0).any()):
+        raise KernelError(f"cu_seqlens must be integers rising from 0 to T = {x.shape[1]}, at least two")
 
 
 def segments_of(x: Tensor, cu_seqlens: Tensor | None) -> Tensor:

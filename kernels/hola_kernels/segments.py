@@ -42,18 +42,20 @@ class Units:
 
     def pad(self, tokens: Tensor, open_tokens: Tensor | None = None) -> Tensor:
         """tokens [M, ...] (and open_tokens [N, size, ...]) -> [U, size, ...], zeros where empty."""
-        parts = [tokens]
         missing = self.empty - tokens.shape[0]
-        if open_tokens is not None:
-            parts.append(open_tokens.flatten(0, 1).to(tokens.dtype))
-        elif missing:
-            parts.append(tokens.new_zeros(missing, *tokens.shape[1:]))
-        parts.append(tokens.new_zeros(1, *tokens.shape[1:]))
-        return torch.cat(parts)[self.index]
+        if not missing and self.index.numel() == tokens.shape[0]:
+            return tokens.unflatten(0, (-1, self.size))  # whole units, one after the other: nothing to move
+        if missing and open_tokens is not None:
+            tokens = torch.cat([tokens, open_tokens.flatten(0, 1).to(tokens.dtype)])
+            missing = 0
+        tokens = torch.cat([tokens, tokens.new_zeros(missing + 1, *tokens.shape[1:])])
+        # index_select, not indexing: its backward adds rows instead of sorting indices
+        return tokens.index_select(0, self.index.flatten()).unflatten(0, (-1, self.size))
 
     def unpad(self, padded: Tensor) -> Tensor:
         """[U, size, ...] -> [M, ...]: the tokens of this call, in their order."""
-        return padded.flatten(0, 1)[self.place]
+        flat = padded.flatten(0, 1)
+        return flat if flat.shape[0] == self.place.shape[0] else flat.index_select(0, self.place)
 
 
 def cut_units(cu_seqlens: Tensor, size: int, open_count: Tensor | None = None) -> Units:

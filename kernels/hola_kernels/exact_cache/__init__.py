@@ -2,16 +2,27 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
 
 from hola_kernels.backend import choose_backend
 from hola_kernels.checks import check_memory, check_tokens, segments_of
+from hola_kernels.exact_cache.read_configs import read_refusal
 from hola_kernels.exact_cache.reference import exact_read_reference
 from hola_kernels.exact_cache.torch_blocks import exact_read_blocks, read_mass_blocks, select_tokens
 from hola_kernels.state import HolaState
 
-IMPLEMENTATIONS = {"reference": exact_read_reference, "torch": exact_read_blocks}
+
+
+def _exact_read_triton(*arguments: object, **options: bool) -> tuple[Tensor, HolaState]:
+    from hola_kernels.exact_cache.triton_read import exact_read_triton  # on first use: triton may be missing
+
+    return exact_read_triton(*arguments, **options)
+
+
+IMPLEMENTATIONS = {"reference": exact_read_reference, "torch": exact_read_blocks, "triton": _exact_read_triton}
 
 
 def exact_read(*, q: Tensor, k: Tensor, v: Tensor, score: Tensor, gamma_q: Tensor, gamma_k: Tensor,
@@ -25,9 +36,12 @@ def exact_read(*, q: Tensor, k: Tensor, v: Tensor, score: Tensor, gamma_q: Tenso
     (its compressed `state` is the one given). Raises KernelError.
     """
     check_tokens(q, k, v, score, score, cu_seqlens)
-    cuts = segments_of(q, cu_seqlens)
+    cuts, fresh = segments_of(q, cu_seqlens), memory is None
     memory = check_memory(memory, cuts.numel() - 1, k, v, block, slots)
-    run = IMPLEMENTATIONS[choose_backend(backend, q.device)]
+    name = choose_backend(backend, q.device, read_refusal(k, v))
+    run = IMPLEMENTATIONS[name]
+    if name == "triton":
+        run = functools.partial(run, fresh=fresh, dense=cu_seqlens is None)
     o, after = run(*(x.flatten(0, 1) for x in (q, k, v, score)), gamma_q, gamma_k, sink, read_norm, cuts, memory)
     return o.view_as(v).to(v.dtype), after
 

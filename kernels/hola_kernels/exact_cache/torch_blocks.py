@@ -102,8 +102,8 @@ def _read_weights(q_MHK: Tensor, k_MHK: Tensor, v_MHV: Tensor, gamma_q: Tensor, 
     wide, units = compute_dtype(v_MHV), selection.units
     q = read_normalize(units.pad(q_MHK.to(wide)), gamma_q, read_norm).transpose(1, 2)
     k_rows, v_rows = _visible_rows(k_MHK, v_MHV, memory, wide)
-    k = torch.cat([_gather_heads(k_rows, selection.rows), _block(k_rows, units, memory)], 2)
-    v = torch.cat([_gather_heads(v_rows, selection.rows), _block(v_rows, units, memory)], 2)
+    k = torch.cat([_gather_heads(k_rows, selection.rows), _block(k_rows, units)], 2)
+    v = torch.cat([_gather_heads(v_rows, selection.rows), _block(v_rows, units)], 2)
     logits = (q @ read_normalize(k, gamma_k, read_norm).mT) * q.shape[-1] ** -0.5
     empty_row = k_rows.shape[0] - 1
     causal = torch.ones(units.size, units.size, dtype=torch.bool, device=q.device).tril()
@@ -128,14 +128,15 @@ def _visible_rows(k_MHK: Tensor, v_MHV: Tensor, memory: HolaState, wide: torch.d
 
 def _gather_heads(rows: Tensor, index: Tensor) -> Tensor:
     """rows [R, H, D], index [U, H, w] -> [U, H, w, D]."""
-    head = torch.arange(rows.shape[1], device=rows.device)[None, :, None]
-    return rows[index, head]
+    heads = rows.shape[1]
+    flat = index * heads + torch.arange(heads, device=rows.device)[:, None]
+    return rows.flatten(0, 1).index_select(0, flat.flatten()).view(*index.shape, rows.shape[-1])
 
 
-def _block(rows: Tensor, units: Units, memory: HolaState) -> Tensor:
+def _block(rows: Tensor, units: Units) -> Tensor:
     """rows [R, H, D] -> the blocks' own tokens [U, H, C, D]."""
     index = torch.where(units.valid, units.index, rows.shape[0] - 1)
-    return rows[index].transpose(1, 2)
+    return rows.index_select(0, index.flatten()).unflatten(0, (-1, units.size)).transpose(1, 2)
 
 
 def _memory_after(k_MHK: Tensor, v_MHV: Tensor, score_MH: Tensor, selection: Selection,

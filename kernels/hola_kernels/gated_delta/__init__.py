@@ -11,7 +11,18 @@ from hola_kernels.gated_delta.reference import gated_delta_reference
 from hola_kernels.gated_delta.torch_chunked import gated_delta_chunked
 from hola_kernels.norms import compute_dtype
 
-IMPLEMENTATIONS = {"reference": gated_delta_reference, "torch": gated_delta_chunked}
+TRITON_DIMENSIONS = (64, 128, 256)
+TRITON_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+
+def _gated_delta_triton(*arguments: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    # imported when first used: importing triton needs neither be possible nor cost time where torch runs
+    from hola_kernels.gated_delta.triton_rule import gated_delta_triton
+
+    return gated_delta_triton(*arguments)
+
+
+IMPLEMENTATIONS = {"reference": gated_delta_reference, "torch": gated_delta_chunked, "triton": _gated_delta_triton}
 
 
 def gated_delta_rule(*, q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, beta: Tensor,
@@ -28,13 +39,30 @@ def gated_delta_rule(*, q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, beta
     final state [N, H, K, V], both float32 (float64 in float64 calls). Raises KernelError.
     """
     check_tokens(q, k, v, log_decay, beta, cu_seqlens)
-    cuts = segments_of(q, cu_seqlens)
-    wide = compute_dtype(v)
-    if initial_state is None:
-        initial_state = torch.zeros(cuts.numel() - 1, q.shape[2], k.shape[3], v.shape[3], dtype=wide, device=q.device)
-    run = IMPLEMENTATIONS[choose_backend(backend, q.device)]
-    o, score, state = run(*(x.flatten(0, 1) for x in (q, k, v, log_decay, beta)), cuts, initial_state)
+    backend = choose_backend(backend, q.device, triton_refusal(q, k, v))
+    flat = [x.flatten(0, 1) for x in (q, k, v, log_decay, beta)]
+    if backend == "triton":
+        # as given, not copied to the device: the kernels keep one layout for each cu_seqlens they have seen
+        cuts = segments_of(q, None) if cu_seqlens is None else cu_seqlens
+    else:
+        cuts = segments_of(q, cu_seqlens)
+        if initial_state is None:
+            initial_state = torch.zeros(cuts.numel() - 1, q.shape[2], k.shape[3], v.shape[3],
+                                        dtype=compute_dtype(v), device=q.device)
+    o, score, state = IMPLEMENTATIONS[backend](*flat, cuts, initial_state)
     return o.view_as(v).to(v.dtype), score.view_as(beta), state
+
+
+def triton_refusal(q: Tensor, k: Tensor, v: Tensor) -> str | None:
+    """Why the Triton kernels do not take these tensors, or None."""
+    if not q.dtype == k.dtype == v.dtype:
+        return f"q, k, v of different dtypes {q.dtype}, {k.dtype}, {v.dtype}"
+    if v.dtype not in TRITON_DTYPES:
+        return f"dtype {v.dtype}, the gated delta kernels take bfloat16, float16, float32"
+    for name, size in (("K", k.shape[-1]), ("V", v.shape[-1])):
+        if size not in TRITON_DIMENSIONS:
+            return f"{name} = {size}, the gated delta kernels take {', '.join(map(str, TRITON_DIMENSIONS))}"
+    return None
 
 
 __all__ = ["gated_delta_rule"]

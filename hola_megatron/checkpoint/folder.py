@@ -1,0 +1,169 @@
+"""The checkpoint folder on disk: what is complete, what is damaged, what may go.
+
+    runs/NAME/checkpoints/step_00000100/
+        weights-00000.safetensors   optimizer-00000.safetensors   ... one pair a writing rank
+        manifest.json               written last: files with sizes and sha256, where every
+                                    logical tensor's shards are, and the trainer's state
+A checkpoint is written under a temporary name, fsynced and renamed, so a name without
+`.tmp` is whole unless the disk damaged it. There is no "latest" file that could lie: the
+newest folder that verifies wins, and every one passed over is named.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from hola_megatron.errors import CheckpointError
+
+MANIFEST = "manifest.json"
+FORMAT = 1
+_NAME = re.compile(r"^step_(\d{8,})$")
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A complete checkpoint: its folder, and its manifest as read."""
+
+    path: Path
+    manifest: dict[str, Any]
+
+    @property
+    def step(self) -> int:
+        return self.manifest["step"]
+
+
+def folder_name(step: int) -> str:
+    return f"step_{step:08d}"
+
+
+def list_steps(root: Path) -> list[tuple[int, Path]]:
+    """(step, folder) of everything that carries a checkpoint's name, newest first."""
+    if not root.is_dir():
+        return []
+    found = [(int(match[1]), path) for path in root.iterdir() if (match := _NAME.match(path.name)) and path.is_dir()]
+    return sorted(found, reverse=True)
+
+
+def open_checkpoint(path: Path, *, verify: bool = True) -> Checkpoint:
+    """Read and check one checkpoint; CheckpointError names the file that is missing or damaged."""
+    try:
+        manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CheckpointError(f"{path}: not a checkpoint ({MANIFEST} is missing); give a step_NNNNNNNN folder") from None
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path / MANIFEST}: damaged ({error}); use another checkpoint") from None
+    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
+        found = manifest.get("format") if isinstance(manifest, dict) else manifest
+        raise CheckpointError(f"{path / MANIFEST}: format {found!r}; this version reads {FORMAT}")
+    for name, about in manifest["files"].items():
+        _check_file(path, name, about, verify)
+    return Checkpoint(path, manifest)
+
+
+def _check_file(path: Path, name: str, about: dict[str, Any], verify: bool) -> None:
+    if Path(name).name != name:
+        raise CheckpointError(f"{path / MANIFEST}: names the file {name!r} outside its folder; the manifest was altered")
+    file = path / name
+    if not file.is_file():
+        raise CheckpointError(f"{file}: missing; use another checkpoint")
+    size = file.stat().st_size
+    if size != about["bytes"]:
+        raise CheckpointError(f"{file}: damaged ({size} bytes, {about['bytes']} written); use another checkpoint")
+    if verify and (found := file_digest(file)) != about["sha256"]:
+        raise CheckpointError(f"{file}: damaged (sha256 {found[:12]}, {about['sha256'][:12]} written); "
+                              "use another checkpoint")
+
+
+def newest_usable(root: Path) -> tuple[Checkpoint | None, list[str]]:
+    """The newest checkpoint that verifies, and what was wrong with each newer one."""
+    passed_over = []
+    for _, path in list_steps(root):
+        try:
+            return open_checkpoint(path), passed_over
+        except CheckpointError as error:
+            passed_over.append(str(error))
+    return None, passed_over
+
+
+def find_checkpoint(path: str | Path) -> Checkpoint:
+    """A checkpoint from its own folder, or the newest of a run folder (or its checkpoints folder)."""
+    path = Path(path)
+    if (path / MANIFEST).exists() or _NAME.match(path.name):
+        return open_checkpoint(path)
+    root = path / "checkpoints" if (path / "checkpoints").is_dir() else path
+    found, passed_over = newest_usable(root)
+    if found is None:
+        why = f"; {' | '.join(passed_over)}" if passed_over else ""
+        raise CheckpointError(f"{path}: no checkpoint here (looked for step_NNNNNNNN folders){why}; "
+                              "give a run folder or one checkpoint's folder")
+    return found
+
+
+def file_digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def start_writing(root: Path, step: int) -> Path:
+    """The temporary folder of a new checkpoint; leftovers of killed saves are removed first. One rank calls it."""
+    root.mkdir(parents=True, exist_ok=True)
+    for left in root.glob("*.tmp"):
+        shutil.rmtree(left)
+    path = root / f"{folder_name(step)}.tmp"
+    path.mkdir()
+    return path
+
+
+def finish_writing(temporary: Path, manifest: dict[str, Any]) -> Path:
+    """Write the manifest last, make everything durable, and give the folder its name."""
+    write_durably(temporary / MANIFEST, json.dumps(manifest, indent=1, sort_keys=True).encode())
+    sync_folder(temporary)
+    final = temporary.with_name(temporary.name.removesuffix(".tmp"))
+    if final.exists():  # a damaged one of the same step that was passed over
+        shutil.rmtree(final)
+    os.rename(temporary, final)
+    sync_folder(final.parent)
+    return final
+
+
+def write_durably(path: Path, data: bytes) -> None:
+    with path.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def sync_file(path: Path) -> None:
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+
+
+def sync_folder(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def retire(root: Path, keep: int, keep_every: int | None) -> list[Path]:
+    """Remove all but the newest `keep` checkpoints and the multiples of `keep_every`; returns what went.
+
+    Only whole checkpoints count as kept, so the last healthy one never goes.
+    """
+    whole = [(step, path) for step, path in list_steps(root) if (path / MANIFEST).is_file()]
+    gone = []
+    for step, path in whole[keep:]:
+        if keep_every is None or step % keep_every:
+            # the manifest first: a half-removed folder must not look whole
+            (path / MANIFEST).unlink()
+            shutil.rmtree(path)
+            gone.append(path)
+    return gone

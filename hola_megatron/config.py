@@ -1,0 +1,439 @@
+"""Recipes: one YAML file describes a run completely.
+
+`load_recipe` reads a file, applies `a.b=c` overrides, refuses unknown keys and wrong
+values (all problems at once, each with its dotted path) and returns a frozen `Recipe`.
+A recipe may name a `base:` recipe beside it and state only what differs.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+import re
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic.dataclasses import dataclass
+
+from hola_megatron.errors import RecipeError
+
+STRICT = ConfigDict(extra="forbid", strict=True)
+ALIASES = {"train.lr": "train.learning_rate", "train.min_lr": "train.min_learning_rate"}
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class CacheConfig:
+    """The bounded exact memory of a HOLA layer (method: "The exact cache", "The read")."""
+
+    block: int = Field(256, ge=1, description="tokens a cache block (C): every token sees its own block exactly")
+    slots: int = Field(64, ge=1, description="tokens kept exactly per head (w)")
+    score: Literal["betae", "e", "betav", "recency", "random"] = Field(
+        "betae", description="what ranks tokens: size of the state update (betae) or an ablation")
+    read_norm: Literal["rms", "l2"] = Field("rms", description="norm of q and k in the exact read: sharp or flat")
+    sink: bool = Field(True, description="one learned logit per head with value zero")
+    gate_init: float = Field(-4.0, description="start of the read gate before its sigmoid")
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class ModelConfig:
+    """Shape of the network."""
+
+    layers: int = Field(ge=1, description="number of layers")
+    hidden_size: int = Field(ge=8, description="width of the residual stream")
+    pattern: str = Field("H", pattern="^[HGA]+$", description=(
+        "layer kinds, repeated to fill all layers: H HOLA, G Gated DeltaNet (no exact cache), A softmax attention"))
+    heads: int = Field(ge=1, description="heads of H and G layers")
+    key_dim: int = Field(ge=8, description="key and query width of one head")
+    value_dim: int = Field(ge=8, description="value width of one head")
+    conv_width: int = Field(4, ge=1, description="width of the short convolution, in tokens")
+    decay: bool = Field(True, description="decaying state; off gives DeltaNet")
+    attention_heads: int = Field(16, ge=1, description="heads of A layers")
+    rope_theta: float | None = Field(10000.0, gt=0, description="rotary base of A layers; null for no positions")
+    mlp_hidden_size: int = Field(ge=8, description="width inside the SwiGLU MLP")
+    vocab_size: int = Field(ge=2, description="rows of the embedding; at least the tokenizer's vocabulary")
+    tie_embeddings: bool = Field(True, description="use the embedding as output projection")
+    norm_eps: float = Field(1e-6, gt=0, description="epsilon of all RMSNorms outside the kernels")
+    init_std: float = Field(0.02, gt=0, description="standard deviation of the normal initialisation")
+    cache: CacheConfig = Field(default_factory=CacheConfig, description="exact memory of H layers")
+    backend: Literal["auto", "reference", "torch", "triton"] = Field("auto", description="kernels of H and G layers")
+    layer_spec: Literal["auto", "local", "te"] = Field(
+        "auto", description="linear layers and norms: Megatron's own, or Transformer Engine's; auto takes te on a GPU")
+
+    @property
+    def layer_kinds(self) -> str:
+        """One letter a layer."""
+        return (self.pattern * self.layers)[: self.layers]
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class DataSource:
+    """One stream of a mixture."""
+
+    path: str = Field(description="folder (or URL) written by tools/prepare_data.py")
+    weight: float = Field(1.0, gt=0, description="share of samples, relative to the other streams")
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class DataConfig:
+    """What is read."""
+
+    train: str | list[DataSource] = Field(description="a folder written by tools/prepare_data.py, or a weighted list")
+    valid: str | None = Field(None, description="folder for validation; null for none")
+    tokenizer: str = Field(description="'bytes', a tokenizer.json, GPT-2 files' folder, or a sentencepiece model")
+    documents: Literal["separate", "joined"] = Field(
+        "separate", description="separate: state, cache and loss stop at document ends; joined: one long text")
+    cache: str | None = Field(None, description="local folder for shards of remote data")
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class TrainConfig:
+    """How it is trained."""
+
+    sequence_length: int = Field(ge=1, description="tokens a sample")
+    global_batch_size: int = Field(ge=1, description="samples a step, over all ranks")
+    micro_batch_size: int = Field(1, ge=1, description="samples a forward pass on one rank")
+    steps: int = Field(ge=1, description="optimizer steps of the whole run")
+    learning_rate: float = Field(gt=0, description="peak learning rate (alias: lr)")
+    min_learning_rate: float = Field(0.0, ge=0, description="learning rate at the end (alias: min_lr)")
+    warmup_steps: int = Field(0, ge=0, description="steps of linear warm-up")
+    schedule: Literal["cosine", "constant"] = Field("cosine", description="shape after warm-up")
+    weight_decay: float = Field(0.01, ge=0, description="decoupled; not on vectors (norms, decay, gates)")
+    beta1: float = Field(0.9, ge=0, lt=1, description="Adam's first moment")
+    beta2: float = Field(0.95, ge=0, lt=1, description="Adam's second moment")
+    adam_eps: float = Field(1e-8, gt=0, description="Adam's epsilon")
+    clip_grad_norm: float = Field(1.0, ge=0, description="global gradient norm limit; 0 for none")
+    precision: Literal["fp32", "bf16"] = Field("bf16", description="weights and activations; the optimizer is fp32")
+    recompute: Literal["none", "full"] = Field("none", description="activations kept, or recomputed layer by layer")
+    seed: int = Field(1234, ge=0, description="of weights and data order")
+    max_bad_steps: int = Field(3, ge=0, description=(
+        "steps with a non-finite loss or gradient that are skipped, in a row, before the run stops with code 4"))
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class ParallelConfig:
+    """How the model and the batch are cut over ranks; data parallelism takes the ranks left over."""
+
+    tensor: int = Field(1, ge=1, description="ranks that share every layer's heads and widths")
+    sequence: bool = Field(False, description="also cut norms and residuals over the tensor ranks")
+    pipeline: int = Field(1, ge=1, description="ranks that share the layers")
+    virtual_pipeline: int = Field(1, ge=1, description="model chunks a pipeline rank (interleaved schedule)")
+    context: int = Field(1, ge=1, description="ranks that share one sequence")
+    distributed_optimizer: bool = Field(True, description="cut optimizer state over data-parallel ranks")
+    overlap: bool = Field(True, description="reduce gradients and gather parameters while computing")
+    timeout_minutes: float = Field(30.0, gt=0, description="a collective that waits longer ends the run")
+
+    @property
+    def model_ranks(self) -> int:
+        """Ranks that hold one copy of the model."""
+        return self.tensor * self.pipeline * self.context
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class CheckpointConfig:
+    """What is kept on disk."""
+
+    every: int = Field(1000, ge=1, description="steps between checkpoints (the last step always makes one)")
+    keep: int = Field(2, ge=1, description="newest checkpoints kept")
+    keep_every: int | None = Field(None, ge=1, description="checkpoints at multiples of this step are kept for good")
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class LogConfig:
+    """What is said while it runs."""
+
+    every: int = Field(10, ge=1, description="steps between lines")
+    tensorboard: bool = Field(True, description="write TensorBoard events to the run folder")
+    wandb_project: str | None = Field(None, description="Weights & Biases project; null for none")
+    sample_every: int | None = Field(None, ge=1, description="steps between sample texts; null for none")
+    sample_prompt: str = Field("The ", description="how a sample text begins")
+    sample_tokens: int = Field(64, ge=1, description="tokens of a sample text")
+    memory_health: bool = Field(True, description="log what the exact memory does at every validation")
+    peak_tflops: float | None = Field(None, gt=0, description="peak of the device for MFU, if it is not a known one")
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class ValidConfig:
+    """Validation inside the run."""
+
+    every: int = Field(1000, ge=1, description="steps between validations (also at the end)")
+    samples: int = Field(1024, ge=1, description="samples of the validation set used at most")
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class Recipe:
+    """A whole run."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9_.-]+$", description="names the run folder")
+    run_dir: str | None = Field(None, description="run folder; null for runs/NAME")
+    model: ModelConfig
+    data: DataConfig
+    train: TrainConfig
+    parallel: ParallelConfig = Field(default_factory=ParallelConfig)
+    checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig)
+    log: LogConfig = Field(default_factory=LogConfig)
+    valid: ValidConfig = Field(default_factory=ValidConfig)
+
+    @property
+    def folder(self) -> Path:
+        return Path(self.run_dir or f"runs/{self.name}")
+
+    @property
+    def tokens_per_step(self) -> int:
+        return self.train.global_batch_size * self.train.sequence_length
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, as YAML or JSON can hold them."""
+        return asdict(self)
+
+
+def load_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:
+    """Read, override and check a recipe; RecipeError lists every problem at once."""
+    values = _read_with_base(Path(path), seen=[])
+    problems = [p for text in overrides or [] if (p := _apply_override(values, text))]
+    return build_recipe(values, problems)
+
+
+def build_recipe(values: dict[str, Any], problems: list[str] | None = None) -> Recipe:
+    """A recipe from plain values, checked; `problems` found earlier are reported together with new ones."""
+    problems = list(problems or [])
+    values = _resolve_aliases(values, problems)
+    problems += _unknown_keys(values)
+    recipe = None
+    try:
+        # JSON mode: strict about types, yet dataclasses may be given as mappings
+        recipe = TypeAdapter(Recipe).validate_json(json.dumps(values), strict=True)
+    except ValidationError as error:
+        problems += [p for p in map(_describe, error.errors()) if p]
+    except TypeError as error:
+        problems.append(f"recipe: holds a value that is not plain YAML ({error})")
+    if recipe is not None:
+        problems += check_recipe(recipe)
+    if problems:
+        raise RecipeError(problems)
+    return recipe
+
+
+def check_recipe(recipe: Recipe, world_size: int | None = None) -> list[str]:
+    """What single fields cannot show: sizes that must divide. With world_size also what the ranks imply."""
+    model, train, parallel = recipe.model, recipe.train, recipe.parallel
+    problems = []
+
+    def must_divide(path: str, value: int, by: int, reason: str) -> None:
+        if value % by:
+            problems.append(f"{path}: {value} is not a multiple of {by} ({reason})")
+
+    kinds = set(model.layer_kinds)
+    tp = parallel.tensor
+    if kinds & set("HG"):
+        must_divide("model.heads", model.heads, tp, f"parallel.tensor = {tp} cuts heads")
+    if "A" in kinds:
+        must_divide("model.attention_heads", model.attention_heads, tp, f"parallel.tensor = {tp} cuts heads")
+        must_divide("model.hidden_size", model.hidden_size, 2 * model.attention_heads,
+                    "an attention head's width must be even")
+    must_divide("model.vocab_size", model.vocab_size, tp, f"parallel.tensor = {tp} cuts the vocabulary")
+    must_divide("model.mlp_hidden_size", model.mlp_hidden_size, tp, f"parallel.tensor = {tp} cuts the MLP")
+    chunks = parallel.pipeline * parallel.virtual_pipeline
+    must_divide("model.layers", model.layers, chunks, f"pipeline x virtual_pipeline = {chunks} chunks")
+    if parallel.virtual_pipeline > 1 and parallel.pipeline == 1:
+        problems.append("parallel.virtual_pipeline: needs parallel.pipeline of at least 2; set it to 1")
+    if parallel.sequence:
+        if tp == 1:
+            problems.append("parallel.sequence: true needs parallel.tensor of at least 2; set it to false")
+        must_divide("train.sequence_length", train.sequence_length, tp, "parallel.sequence cuts the sequence")
+    if parallel.context > 1:
+        problems.append(f"parallel.context: {parallel.context} is not supported by this version; set it to 1")
+    if train.warmup_steps > train.steps:
+        problems.append(f"train.warmup_steps: {train.warmup_steps} is more than train.steps = {train.steps}")
+    if train.min_learning_rate > train.learning_rate:
+        problems.append(f"train.min_learning_rate: {train.min_learning_rate} is above train.learning_rate "
+                        f"= {train.learning_rate}")
+    if world_size is not None:
+        problems += _check_world(recipe, world_size)
+    return problems
+
+
+def data_ranks(recipe: Recipe, world_size: int) -> int:
+    """Data-parallel size: the ranks left when each copy of the model has its own."""
+    return world_size // recipe.parallel.model_ranks
+
+
+def micro_batches(recipe: Recipe, world_size: int) -> int:
+    """Forward passes a rank makes for one step."""
+    return recipe.train.global_batch_size // (recipe.train.micro_batch_size * data_ranks(recipe, world_size))
+
+
+def _check_world(recipe: Recipe, world_size: int) -> list[str]:
+    ranks = recipe.parallel.model_ranks
+    if world_size % ranks:
+        return [f"parallel: tensor x pipeline x context = {ranks} does not divide the {world_size} processes started; "
+                f"start a multiple of {ranks}"]
+    share = recipe.train.micro_batch_size * data_ranks(recipe, world_size)
+    if recipe.train.global_batch_size % share:
+        return [f"train.global_batch_size: {recipe.train.global_batch_size} is not a multiple of micro_batch_size x "
+                f"data-parallel ranks = {share}"]
+    count, stages = micro_batches(recipe, world_size), recipe.parallel.pipeline
+    if recipe.parallel.virtual_pipeline > 1 and count % stages:
+        return [f"train.micro_batch_size: {count} micro-batches a step is not a multiple of parallel.pipeline = "
+                f"{stages}, which the interleaved schedule needs"]
+    return []
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.1 reads 3e-4 as a string; everybody who writes it means a number."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d[\d_]*)(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789"))
+
+
+def _parse_yaml(text: str, where: str) -> Any:
+    try:
+        return yaml.load(text, Loader=_Loader)
+    except yaml.YAMLError as error:
+        first = str(error).splitlines()
+        raise RecipeError(f"{where}: not valid YAML ({'; '.join(x.strip() for x in first[:3])})") from None
+
+
+def _read_with_base(path: Path, seen: list[Path]) -> dict[str, Any]:
+    if not path.is_file():
+        near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.yaml")], n=1)
+        hint = f"; did you mean {path.parent / near[0]}?" if near else "; give the path of a .yaml recipe"
+        raise RecipeError(f"{path}: no such recipe{hint}")
+    if path.resolve() in seen:
+        raise RecipeError(f"{path}: base: leads back to itself")
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (UnicodeDecodeError, OSError) as error:
+        raise RecipeError(f"{path}: cannot be read as text ({error})") from None
+    values = _parse_yaml(text, str(path))
+    if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
+        raise RecipeError(f"{path}: a recipe is a mapping of sections (name, model, data, train, ...)")
+    base = values.pop("base", None)
+    if base is None:
+        return values
+    if not isinstance(base, str):
+        raise RecipeError(f"{path}: base: {base!r} must be the file name of another recipe")
+    return _merge(_read_with_base(path.parent / base, [*seen, path.resolve()]), values)
+
+
+def _merge(base: dict[str, Any], change: dict[str, Any]) -> dict[str, Any]:
+    merged = dict(base)
+    for key, value in change.items():
+        both = isinstance(value, dict) and isinstance(merged.get(key), dict)
+        merged[key] = _merge(merged[key], value) if both else value
+    return merged
+
+
+def _apply_override(values: dict[str, Any], text: str) -> str | None:
+    """Set a.b=c in place; returns the problem, if any."""
+    key, equals, value = text.partition("=")
+    if not equals or not key:
+        return f"{text!r}: an override is written section.key=value, for example train.steps=100"
+    *sections, last = ALIASES.get(key, key).split(".")
+    at = values
+    for section in sections:
+        if at.get(section) is None:
+            at[section] = {}
+        at = at[section]
+        if not isinstance(at, dict):
+            return f"{key}: {section} is a value, not a section"
+    try:
+        at[last] = _parse_yaml(value, key)
+    except RecipeError as error:
+        return str(error)
+    return None
+
+
+def _resolve_aliases(values: dict[str, Any], problems: list[str]) -> dict[str, Any]:
+    values = _merge(values, {})
+    for alias, full in ALIASES.items():
+        section, short = alias.split(".")
+        long = full.split(".")[1]
+        at = values.get(section)
+        if isinstance(at, dict) and short in at:
+            at = values[section] = dict(at)
+            value = at.pop(short)
+            if at.setdefault(long, value) != value:
+                problems.append(f"{alias}: given together with {full}, with another value; keep one")
+    return values
+
+
+def _unknown_keys(values: dict[str, Any]) -> list[str]:
+    known = _all_keys(Recipe)
+    problems = []
+
+    def walk(at: Any, cls: type, prefix: str) -> None:
+        fields = {f.name: f for f in dataclasses.fields(cls)}
+        for key, value in at.items():
+            path = f"{prefix}{key}"
+            if key not in fields:
+                near = _nearest(path, known)
+                problems.append(f"{path}: no such key" + (f" (did you mean {near}?)" if near else ""))
+            elif isinstance(value, dict) and (inner := _section_class(cls, key)):
+                walk(value, inner, f"{path}.")
+
+    walk(values, Recipe, "")
+    return problems
+
+
+def _nearest(path: str, known: list[str]) -> str | None:
+    """The known key most like `path`; within its own section first."""
+    section, _, last = path.rpartition(".")
+    siblings = [k for k in known if k.rpartition(".")[0] == section]
+    names = difflib.get_close_matches(last, [k.rpartition(".")[2] for k in siblings], n=1, cutoff=0.5)
+    if names:
+        return f"{section}.{names[0]}" if section else names[0]
+    same = [k for k in known if k.rpartition(".")[2] == last]
+    return (same or difflib.get_close_matches(path, known, n=1, cutoff=0.7) or [None])[0]
+
+
+def _section_class(cls: type, key: str) -> type | None:
+    sections = {(Recipe, "model"): ModelConfig, (Recipe, "data"): DataConfig, (Recipe, "train"): TrainConfig,
+                (Recipe, "parallel"): ParallelConfig, (Recipe, "checkpoint"): CheckpointConfig,
+                (Recipe, "log"): LogConfig, (Recipe, "valid"): ValidConfig, (ModelConfig, "cache"): CacheConfig}
+    return sections.get((cls, key))
+
+
+def _all_keys(cls: type, prefix: str = "") -> list[str]:
+    keys = []
+    for f in dataclasses.fields(cls):
+        inner = _section_class(cls, f.name)
+        keys += _all_keys(inner, f"{prefix}{f.name}.") if inner else [f"{prefix}{f.name}"]
+    return keys
+
+
+def _describe(error: dict[str, Any]) -> str | None:
+    """One line for one pydantic error: where, what, allowed."""
+    path = ".".join(str(part) for part in error["loc"] if not _is_union_tag(part)) or "recipe"
+    if error["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
+        return None  # told by _unknown_keys, with a suggestion
+    if error["type"] == "string_type" and isinstance(error["input"], list):
+        return None  # a list where text or a list may stand: what is wrong inside the list is told on its own
+    if error["type"] == "missing":
+        return f"{path}: missing; every recipe must give it"
+    return f"{path}: {error['input']!r} is not allowed; {error['msg'][0].lower()}{error['msg'][1:]}"
+
+
+def _is_union_tag(part: Any) -> bool:
+    return isinstance(part, str) and (part.startswith("list[") or part in ("str", "int", "float"))
+
+
+def describe_fields() -> list[tuple[str, str, str]]:
+    """(dotted key, default, description) of every field, for documentation and tests."""
+    rows = []
+
+    def walk(cls: type, prefix: str) -> None:
+        for name, info in cls.__pydantic_fields__.items():
+            inner = _section_class(cls, name)
+            if inner:
+                walk(inner, f"{prefix}{name}.")
+                continue
+            default = "required" if info.is_required() else repr(info.get_default(call_default_factory=True))
+            rows.append((f"{prefix}{name}", default, info.description or ""))
+
+    walk(Recipe, "")
+    return rows

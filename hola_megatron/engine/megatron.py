@@ -1,0 +1,195 @@
+"""The Megatron engine: model, data parallelism, optimizer and schedule behind five verbs.
+
+    engine = MegatronEngine(recipe, layout)
+    result = engine.train_step(batches, learning_rate)     # forward, backward, reduce, clip, update
+    total, tokens = engine.evaluate(batches)               # summed loss, no gradients
+    logits = engine.next_logits(tokens)                    # of the token after the last
+    engine.parameter_groups()                              # for checkpoints: every slice this rank holds
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from torch import Tensor
+
+from hola_megatron.config import Recipe
+from hola_megatron.data.stream import Batch
+from hola_megatron.engine.adam import use_group_step_adam
+from hola_megatron.engine.optimizer_state import OptimizerState
+from hola_megatron.model.build import build_model
+from hola_megatron.model.documents import Documents
+from hola_megatron.model.parameters import Piece, pieces
+from hola_megatron.parallel.groups import Layout
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What one step did, the same on every rank."""
+
+    loss: float
+    grad_norm: float
+    tokens: int
+    updated: bool
+
+
+class MegatronEngine:
+    """One rank's share of model and optimizer."""
+
+    def __init__(self, recipe: Recipe, layout: Layout):
+        self.recipe, self.layout = recipe, layout
+        self.adam = use_group_step_adam()
+        chunks = build_model(recipe, device=layout.device)
+        self.config = chunks[0].config
+        self.model = [self._data_parallel(chunk) for chunk in chunks]
+        self.optimizer = get_megatron_optimizer(self._optimizer_config(), self.model)
+        self.state = OptimizerState(self.optimizer, parallel_state.get_data_parallel_group(with_context_parallel=True))
+        self.config.finalize_model_grads_func = finalize_model_grads
+        self.config.grad_scale_func = self.optimizer.scale_loss
+        if self._overlap:
+            hooks = [chunk.no_sync for chunk in self.model]
+            self.config.no_sync_func = hooks if len(hooks) > 1 else hooks[0]
+
+    @property
+    def _overlap(self) -> bool:
+        return self.recipe.parallel.overlap and self.layout.data > 1
+
+    def _data_parallel(self, chunk: torch.nn.Module) -> DistributedDataParallel:
+        sharded = self.recipe.parallel.distributed_optimizer
+        return DistributedDataParallel(self.config, DistributedDataParallelConfig(
+            grad_reduce_in_fp32=True, use_distributed_optimizer=sharded, overlap_grad_reduce=self._overlap,
+            overlap_param_gather=self._overlap and sharded), chunk)
+
+    def _optimizer_config(self) -> OptimizerConfig:
+        train = self.recipe.train
+        return OptimizerConfig(
+            optimizer="adam", lr=train.learning_rate, weight_decay=train.weight_decay, adam_beta1=train.beta1,
+            adam_beta2=train.beta2, adam_eps=train.adam_eps, clip_grad=train.clip_grad_norm,
+            bf16=train.precision == "bf16", params_dtype=self.config.params_dtype,
+            use_distributed_optimizer=self.recipe.parallel.distributed_optimizer,
+            overlap_param_gather=self._overlap and self.recipe.parallel.distributed_optimizer)
+
+    def train_step(self, batches: list[Batch], learning_rate: float) -> StepResult:
+        """One optimizer step over this rank's micro-batches.
+
+        A non-finite loss or gradient norm on any rank leaves weights and optimizer untouched
+        on all of them (`updated` is false).
+        """
+        for chunk in self.model:
+            chunk.train()
+            chunk.zero_grad_buffer()
+        self.optimizer.zero_grad()
+        total, tokens = self._run(batches, forward_only=False)
+        self.optimizer.prepare_grads()
+        grad_norm = float(self.optimizer.get_grad_norm())
+        loss = total / max(tokens, 1.0)
+        updated = self._all_agree(math.isfinite(loss) and math.isfinite(grad_norm))
+        if updated:
+            self._update(grad_norm, learning_rate)
+        return StepResult(loss, grad_norm, int(tokens), updated)
+
+    def _update(self, grad_norm: float, learning_rate: float) -> None:
+        limit = self.recipe.train.clip_grad_norm
+        parameters = self.optimizer.get_parameters()
+        if limit > 0 and parameters:
+            clip_grad_by_total_norm_fp32(parameters, max_norm=limit, total_norm=grad_norm)
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate
+        self.optimizer.step_with_ready_grads()
+
+    @torch.no_grad()
+    def evaluate(self, batches: list[Batch]) -> tuple[float, int]:
+        """(summed loss, tokens) over this step's batches of all ranks."""
+        for chunk in self.model:
+            chunk.eval()
+        total, tokens = self._run(batches, forward_only=True)
+        return total, int(tokens)
+
+    @torch.no_grad()
+    def next_logits(self, tokens: Tensor) -> Tensor:
+        """tokens [T] int64 -> float32 logits [vocab] after the last one, on every rank."""
+        for chunk in self.model:
+            chunk.eval()
+        ranks = self.recipe.parallel.tensor
+        padded = torch.nn.functional.pad(tokens, (0, -len(tokens) % ranks))[None].to(self.layout.device)
+
+        def forward(_: Any, model: torch.nn.Module) -> tuple[Tensor, Any]:
+            return model(padded, None, None), lambda output, non_loss_data=False: output[0, len(tokens) - 1].float()
+
+        found = get_forward_backward_func()(
+            forward_step_func=forward, data_iterator=[None] * len(self.model), model=self.model, num_microbatches=1,
+            seq_length=padded.shape[1], micro_batch_size=1, forward_only=True, collect_non_loss_data=True)
+        return self._whole_vocabulary(found[0] if found else None)
+
+    def parameter_pieces(self) -> list[Piece]:
+        return pieces(self.model, self.layout.tensor_rank, self.layout.tensor)
+
+    def _run(self, batches: list[Batch], forward_only: bool) -> tuple[float, float]:
+        rows, length = batches[0].tokens.shape
+        packed = batches[0].cu_seqlens is not None
+        results = get_forward_backward_func()(
+            forward_step_func=self._forward,
+            # every chunk of a pipeline rank walks the same micro-batches
+            data_iterator=[iter(batches) for _ in self.model] if len(self.model) > 1 else iter(batches),
+            model=self.model if len(self.model) > 1 else self.model[0],
+            num_microbatches=len(batches),
+            seq_length=rows * length if packed else length,
+            micro_batch_size=1 if packed else rows,
+            forward_only=forward_only)
+        return self._sum_over_ranks(results)
+
+    def _forward(self, batches: Iterator[Batch], model: torch.nn.Module) -> tuple[Tensor, Any]:
+        batch, device = next(batches), self.layout.device
+        tokens, labels, mask = (x.to(device, non_blocking=True) for x in (batch.tokens, batch.labels, batch.loss_mask))
+        documents = None
+        if batch.cu_seqlens is not None:
+            documents = Documents.from_cuts(batch.cu_seqlens, device)
+            tokens, labels, mask = (x.reshape(1, -1) for x in (tokens, labels, mask))
+        output = model(tokens, None, None, labels=labels, packed_seq_params=documents)
+        return output, partial(_masked_sum, mask)
+
+    def _sum_over_ranks(self, results: list[dict[str, Tensor]]) -> tuple[float, float]:
+        """(summed loss, tokens) over micro-batches and data ranks, known to every pipeline stage."""
+        sums = torch.zeros(2, dtype=torch.float64, device=self.layout.device)
+        for result in results:
+            sums += result["sums"].double()
+        dist.all_reduce(sums, group=parallel_state.get_data_parallel_group(with_context_parallel=True))
+        if self.layout.pipeline > 1:
+            last = parallel_state.get_pipeline_model_parallel_last_rank()
+            dist.broadcast(sums, last, group=parallel_state.get_pipeline_model_parallel_group())
+        total, tokens = sums.tolist()
+        return total, tokens
+
+    def _all_agree(self, fine: bool) -> bool:
+        flag = torch.tensor([0.0 if fine else 1.0], device=self.layout.device)
+        dist.all_reduce(flag, op=dist.ReduceOp.MAX)
+        return not flag.item()
+
+    def _whole_vocabulary(self, local: Tensor | None) -> Tensor:
+        size = self.recipe.model.vocab_size
+        if local is None:
+            local = torch.zeros(size // self.layout.tensor, device=self.layout.device)
+        if self.layout.tensor > 1:
+            parts = [torch.empty_like(local) for _ in range(self.layout.tensor)]
+            dist.all_gather(parts, local.contiguous(), group=parallel_state.get_tensor_model_parallel_group())
+            local = torch.cat(parts)
+        if self.layout.pipeline > 1:
+            last = parallel_state.get_pipeline_model_parallel_last_rank()
+            dist.broadcast(local, last, group=parallel_state.get_pipeline_model_parallel_group())
+        return local
+
+
+def _masked_sum(mask: Tensor, losses: Tensor, non_loss_data: bool = False) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    total, tokens = (losses.float() * mask).sum(), mask.sum()
+    return total, tokens.int(), {"sums": torch.stack([total.detach(), tokens])}

@@ -1,0 +1,81 @@
+"""Recipe -> model, and what can be counted without running it."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.models.gpt import GPTModel
+from torch import nn
+
+from hola_megatron.config import Recipe
+from hola_megatron.model.config import HolaTransformerConfig, transformer_config
+from hola_megatron.model.layer_specs import block_spec
+from hola_megatron.model.parameters import Section, initialize, pieces
+
+
+def build_model(recipe: Recipe, *, device: torch.device, seeded: bool = True) -> list[GPTModel]:
+    """The model chunks of this rank (one, or `virtual_pipeline` of them), initialised unless `seeded` is off.
+
+    Needs Megatron's process groups. device "meta" gives parameters without storage.
+    """
+    meta = device.type == "meta"
+    config = transformer_config(recipe, on_cpu=device.type == "cpu", meta=meta)
+    chunks = []
+    for stage in range(recipe.parallel.virtual_pipeline):
+        with torch.device("meta" if meta else "cpu" if device.type == "cpu" else device):
+            chunks.append(_build_chunk(recipe, config, stage if recipe.parallel.virtual_pipeline > 1 else None))
+    if seeded and not meta:
+        initialize(chunks, recipe.model, recipe.train.seed, parallel_state.get_tensor_model_parallel_rank(),
+                   recipe.parallel.tensor)
+    return chunks
+
+
+def _build_chunk(recipe: Recipe, config: HolaTransformerConfig, stage: int | None) -> GPTModel:
+    first = parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=stage)
+    last = parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=stage)
+    chunk = GPTModel(
+        config=config,
+        transformer_layer_spec=block_spec(config, parallel_state.get_pipeline_model_parallel_rank(), stage),
+        vocab_size=recipe.model.vocab_size,
+        max_sequence_length=recipe.train.sequence_length,
+        pre_process=first,
+        post_process=last,
+        share_embeddings_and_output_weights=recipe.model.tie_embeddings,
+        position_embedding_type="none",
+        vp_stage=stage,
+    )
+    rows = recipe.model.mlp_hidden_size // recipe.parallel.tensor
+    for layer in chunk.decoder.layers:
+        layer.mlp.linear_fc1.weight.sections = (Section("gate", rows), Section("up", rows))
+    return chunk
+
+
+def count_parameters(chunks: list[nn.Module]) -> dict[str, int]:
+    """Whole-model parameters by part, from one rank that holds every layer (pipeline 1).
+
+    Parts: embedding, mixer, exact_cache, mlp, norms, output; and their total.
+    """
+    ranks = parallel_state.get_tensor_model_parallel_world_size()
+    counts: dict[str, int] = defaultdict(int)
+    for piece in pieces(chunks, 0, ranks):
+        size = 1
+        for n in piece.shape:
+            size *= n
+        counts[_part(piece.name)] += size
+    counts["total"] = sum(counts.values())
+    return dict(counts)
+
+
+def _part(name: str) -> str:
+    last = name.removesuffix(".weight").rpartition(".")[2]
+    if name.startswith("model.embed_tokens"):
+        return "embedding"
+    if name.startswith("lm_head"):
+        return "output"
+    if last in ("gamma_q", "gamma_k", "gate", "sink"):
+        return "exact_cache"
+    if last.endswith("_norm") and last != "o_norm" or last == "norm":
+        return "norms"
+    return "mlp" if ".mlp." in name else "mixer"

@@ -1,0 +1,80 @@
+"""Layer specs: which modules a layer of each kind is made of, and which layers a rank builds."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import torch
+from megatron.core.extensions.transformer_engine import HAVE_TE
+from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
+from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
+from megatron.core.transformer.mlp import MLP, MLPSubmodules
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
+from megatron.core.transformer.transformer_layer import (
+    TransformerLayer,
+    TransformerLayerSubmodules,
+    get_transformer_layer_offset,
+)
+
+from hola_megatron.config import ModelConfig
+from hola_megatron.errors import RecipeError
+from hola_megatron.model.config import HolaTransformerConfig
+from hola_megatron.model.mixer import AttentionMixer, DeltaMixer, MixerSubmodules
+from hola_megatron.model.norm import RMSNorm
+
+
+def choose_spec(model: ModelConfig) -> tuple[str, str]:
+    """("local" or "te", why): what `model.layer_spec` means on this machine."""
+    usable = HAVE_TE and torch.cuda.is_available()
+    if model.layer_spec == "te" and not usable:
+        raise RecipeError("model.layer_spec: te needs Transformer Engine and a CUDA device; install the extra "
+                          "hola-megatron[te], or set model.layer_spec=local")
+    if model.layer_spec != "auto":
+        return model.layer_spec, "named by the recipe"
+    if usable:
+        return "te", "Transformer Engine is installed"
+    return "local", "no CUDA device" if not torch.cuda.is_available() else "Transformer Engine is not installed"
+
+
+def block_spec(config: HolaTransformerConfig, pipeline_rank: int, vp_stage: int | None) -> TransformerBlockSubmodules:
+    """The layers this pipeline rank (and model chunk) builds, each of its kind, and the final norm."""
+    kind, _ = choose_spec(config.recipe_model)
+    count = get_num_layers_to_build(config, vp_stage=vp_stage, pp_rank=pipeline_rank)
+    first = get_transformer_layer_offset(config, vp_stage=vp_stage, pp_rank=pipeline_rank)
+    letters = config.recipe_model.layer_kinds[first: first + count]
+    return TransformerBlockSubmodules(
+        layer_specs=[layer_spec(letter, kind) for letter in letters], layer_norm=_norm(kind))
+
+
+def layer_spec(letter: str, kind: str = "local") -> ModuleSpec:
+    """One layer: H HOLA, G Gated DeltaNet, A softmax attention; kind "local" or "te"."""
+    column, row = _linears(kind)
+    mixers = {"H": (DeltaMixer, {"exact_cache": True}), "G": (DeltaMixer, {"exact_cache": False}),
+              "A": (AttentionMixer, {})}
+    module, params = mixers[letter]
+    return ModuleSpec(module=TransformerLayer, submodules=TransformerLayerSubmodules(
+        input_layernorm=_norm(kind),
+        self_attention=ModuleSpec(module=module, params=params,
+                                  submodules=MixerSubmodules(in_proj=column, out_proj=row)),
+        self_attn_bda=get_bias_dropout_add,
+        pre_mlp_layernorm=_norm(kind),
+        mlp=partial(MLP.as_mlp_submodule, submodules=MLPSubmodules(linear_fc1=column, linear_fc2=row)),
+        mlp_bda=get_bias_dropout_add,
+    ))
+
+
+def _linears(kind: str) -> tuple[type, type]:
+    if kind == "local":
+        return ColumnParallelLinear, RowParallelLinear
+    from megatron.core.extensions.transformer_engine import TEColumnParallelLinear, TERowParallelLinear
+
+    return TEColumnParallelLinear, TERowParallelLinear
+
+
+def _norm(kind: str) -> type:
+    if kind == "local":
+        return RMSNorm
+    from megatron.core.extensions.transformer_engine import TENorm
+
+    return TENorm

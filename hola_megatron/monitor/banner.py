@@ -1,0 +1,62 @@
+"""What a run says before its first step: every derived number, and what will run and why."""
+
+from __future__ import annotations
+
+import sys
+
+import torch
+
+from hola_kernels.backend import auto_backend
+from hola_megatron.checkpoint.save_load import TrainerState
+from hola_megatron.config import Recipe, micro_batches
+from hola_megatron.data.stream import Mixture
+from hola_megatron.engine.megatron import MegatronEngine
+from hola_megatron.model.flops import flops_per_token, matmul_parameters, peak_flops
+from hola_megatron.model.layer_specs import choose_spec
+from hola_megatron.monitor.console import code_version, device_name, short
+from hola_megatron.parallel.groups import Layout
+
+
+def print_banner(recipe: Recipe, layout: Layout, engine: MegatronEngine, mixture: Mixture,
+                 state: TrainerState) -> None:
+    """Print it; one rank calls this."""
+    train, model = recipe.train, recipe.model
+    flops = flops_per_token(model, train.sequence_length)
+    peak = peak_flops(device_name(layout.device), recipe.log.peak_tflops)
+    kernels, why = (model.backend, "named by the recipe") if model.backend != "auto" else \
+        auto_backend(layout.device.type)
+    spec, spec_why = choose_spec(model)
+    tokens = train.steps * recipe.tokens_per_step
+    data_size = sum(dataset.info["tokens"] for dataset in mixture.datasets)
+    begin = f"resuming at step {state.step:,} ({short(state.step * recipe.tokens_per_step)} tokens)" if state.step \
+        else "new run"
+    lines = {
+        "run": f"{recipe.folder}  ({begin})",
+        "code": f"{code_version()}, torch {torch.__version__}, python {sys.version.split()[0]}",
+        "model": f"{recipe.name}: {model.layers} layers {_runs(model.layer_kinds)}, width {model.hidden_size}; "
+                 f"{short(matmul_parameters(model))} matmul parameters",
+        "flops": f"{flops / 1e9:.3g} GFLOP a token, {flops * tokens:.2e} in all",
+        "layout": f"{layout.describe()}; {micro_batches(recipe, layout.world)} micro-batches of "
+                  f"{train.micro_batch_size} x {train.sequence_length} tokens on each of {layout.data} data ranks",
+        "steps": f"{train.steps:,} of {short(recipe.tokens_per_step)} tokens = {short(tokens)} "
+                 f"({tokens / max(data_size, 1):.2f} epochs)",
+        "data": f"{', '.join(d.path for d in mixture.datasets)}: {short(data_size)} tokens, fingerprint "
+                f"{mixture.fingerprint[:12]}, documents {recipe.data.documents}",
+        "kernels": f"{kernels} ({why})",
+        "layers": f"{spec} ({spec_why}); optimizer {engine.adam}",
+        "device": f"{device_name(layout.device)}, " + (
+            f"peak {peak / 1e12:.0f} TFLOP/s" if peak else "no peak known: MFU is not shown (log.peak_tflops sets it)"),
+    }
+    print("\n".join(f"{name:>8}  {text}" for name, text in lines.items()), flush=True)
+
+
+def _runs(kinds: str) -> str:
+    """HHHHA -> 4H A."""
+    shown, at = [], 0
+    while at < len(kinds):
+        end = at
+        while end < len(kinds) and kinds[end] == kinds[at]:
+            end += 1
+        shown.append(f"{end - at}{kinds[at]}")
+        at = end
+    return " ".join(shown)

@@ -1,0 +1,90 @@
+"""metrics.jsonl, TensorBoard and Weights & Biases: one row of numbers, three places.
+
+A resumed run continues the same files. Rows of steps that will be run again are dropped, so
+no step appears twice.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from hola_megatron.config import Recipe
+from hola_megatron.errors import RecipeError
+
+
+class Metrics:
+    """Writes rows {"step": ..., "kind": "train" | "valid" | "memory" | ..., name: number}; one rank has one."""
+
+    def __init__(self, recipe: Recipe, folder: Path, from_step: int):
+        self.path = folder / "metrics.jsonl"
+        _drop_rows_after(self.path, from_step)
+        self._file = self.path.open("a", encoding="utf-8")
+        self._board = _open_tensorboard(folder, from_step) if recipe.log.tensorboard else None
+        self._wandb = _open_wandb(recipe, folder) if recipe.log.wandb_project else None
+
+    def write(self, row: dict[str, Any]) -> None:
+        """One row; it is on disk when this returns."""
+        self._file.write(json.dumps(row) + "\n")
+        self._file.flush()
+        numbers = {f"{row['kind']}/{name}": value for name, value in row.items()
+                   if name not in ("step", "kind") and isinstance(value, (int, float)) and not isinstance(value, bool)}
+        if self._board:
+            for name, value in numbers.items():
+                self._board.add_scalar(name, value, row["step"])
+        if self._wandb:
+            self._wandb.log(numbers, step=row["step"])
+
+    def text(self, step: int, text: str) -> None:
+        """A sample text."""
+        self._file.write(json.dumps({"step": step, "kind": "sample", "text": text}) + "\n")
+        self._file.flush()
+        if self._board:
+            self._board.add_text("sample", text, step)
+
+    def close(self) -> None:
+        self._file.close()
+        if self._board:
+            self._board.close()
+        if self._wandb:
+            self._wandb.finish()
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """All whole rows; a line cut short by a kill is left out."""
+    rows = []
+    if path.exists():
+        for line in path.read_text(encoding="utf-8").splitlines():
+            try:
+                rows.append(json.loads(line))
+            except ValueError:
+                continue
+    return rows
+
+
+def _drop_rows_after(path: Path, step: int) -> None:
+    rows = [row for row in read_rows(path) if row["step"] <= step]
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def _open_tensorboard(folder: Path, from_step: int) -> Any:
+    from torch.utils.tensorboard import SummaryWriter
+
+    return SummaryWriter(str(folder / "tensorboard"), purge_step=from_step + 1 if from_step else None)
+
+
+def _open_wandb(recipe: Recipe, folder: Path) -> Any:
+    try:
+        import wandb
+    except ImportError:
+        raise RecipeError("log.wandb_project: needs the package wandb; install hola-megatron[wandb] or set it to null"
+                          ) from None
+    name = folder / "wandb_id.txt"
+    if not name.exists():
+        name.write_text(wandb.util.generate_id())
+    return wandb.init(project=recipe.log.wandb_project, name=recipe.name, id=name.read_text().strip(), resume="allow",
+                      dir=str(folder), config=recipe.to_dict())

@@ -1,0 +1,99 @@
+"""Start-up of a rank: device, process groups, seeds. Everything else asks `Layout`."""
+
+from __future__ import annotations
+
+import datetime
+import os
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+
+from hola_megatron.config import Recipe, check_recipe
+from hola_megatron.errors import RecipeError
+from hola_megatron.parallel.cpu import adapt_to_cpu
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where this process stands."""
+
+    rank: int
+    world: int
+    tensor_rank: int
+    tensor: int
+    pipeline_rank: int
+    pipeline: int
+    data_rank: int
+    data: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        """The one rank that prints and writes metrics."""
+        return self.rank == 0
+
+    def describe(self) -> str:
+        return f"{self.world} ranks = tensor {self.tensor} x pipeline {self.pipeline} x data {self.data}"
+
+
+def start(recipe: Recipe) -> Layout:
+    """Join the process group that torchrun describes (alone without it) and build Megatron's groups.
+
+    Raises RecipeError when the number of processes does not fit the recipe.
+    """
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    problems = check_recipe(recipe, world_size=world)
+    if problems:
+        raise RecipeError(problems)
+    adapt_to_cpu()
+    device = _pick_device()
+    if not dist.is_initialized():
+        _join(device, world, recipe.parallel.timeout_minutes)
+    from megatron.core import parallel_state
+    from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+
+    if not parallel_state.model_parallel_is_initialized():
+        virtual = recipe.parallel.virtual_pipeline
+        parallel_state.initialize_model_parallel(
+            tensor_model_parallel_size=recipe.parallel.tensor,
+            pipeline_model_parallel_size=recipe.parallel.pipeline,
+            virtual_pipeline_model_parallel_size=virtual if virtual > 1 else None,
+            context_parallel_size=recipe.parallel.context,
+            distributed_timeout_minutes=max(1, round(recipe.parallel.timeout_minutes)))
+    model_parallel_cuda_manual_seed(recipe.train.seed)
+    return Layout(
+        rank=dist.get_rank(), world=dist.get_world_size(),
+        tensor_rank=parallel_state.get_tensor_model_parallel_rank(), tensor=recipe.parallel.tensor,
+        pipeline_rank=parallel_state.get_pipeline_model_parallel_rank(), pipeline=recipe.parallel.pipeline,
+        data_rank=parallel_state.get_data_parallel_rank(), data=parallel_state.get_data_parallel_world_size(),
+        device=device)
+
+
+def stop() -> None:
+    """Leave the process groups; safe to call twice."""
+    if dist.is_initialized():
+        from megatron.core import parallel_state
+
+        parallel_state.destroy_model_parallel()
+        dist.destroy_process_group()
+
+
+def _pick_device() -> torch.device:
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    torch.cuda.set_device(device)
+    return device
+
+
+def _join(device: torch.device, world: int, minutes: float) -> None:
+    if "RANK" not in os.environ:  # plain `python -m`: a world of one, without a port to collide on
+        store = dist.HashStore()
+        dist.init_process_group(_backend(device), store=store, rank=0, world_size=1)
+        return
+    dist.init_process_group(_backend(device), timeout=datetime.timedelta(minutes=minutes))
+
+
+def _backend(device: torch.device) -> str:
+    return "nccl" if device.type == "cuda" else "gloo"

@@ -1,0 +1,88 @@
+"""The run folder: one run, found again by its name after every interruption.
+
+    runs/NAME/  recipe.yaml  metrics.jsonl  loss.png  tensorboard/  checkpoints/step_NNNNNNNN/
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+import yaml
+
+from hola_megatron.checkpoint.folder import Checkpoint, list_steps, newest_usable
+from hola_megatron.config import Recipe
+from hola_megatron.errors import CheckpointError, RecipeError, UserError
+from hola_megatron.parallel.groups import Layout
+
+# what may differ between the parts of one run without changing what is computed
+FREE = ("run_dir", "parallel.", "checkpoint.", "log.", "valid.", "data.valid", "data.cache", "train.micro_batch_size",
+        "train.recompute", "train.max_bad_steps", "model.backend", "model.layer_spec")
+
+
+def open_run_folder(recipe: Recipe, layout: Layout, data_fingerprint: str, *, new: bool,
+                    allow_change: bool) -> Checkpoint | None:
+    """The checkpoint to go on from, or None for a new run; all ranks get the same answer or the same error.
+
+    CheckpointError: checkpoints are there but none is usable. RecipeError: the recipe or data changed.
+    """
+    box: list[Any] = [None]
+    if layout.is_main:
+        try:
+            box[0] = _open(recipe, data_fingerprint, new, allow_change)
+        except UserError as error:
+            box[0] = error
+    dist.broadcast_object_list(box, src=0)
+    if isinstance(box[0], UserError):
+        raise box[0]
+    return box[0]
+
+
+def _open(recipe: Recipe, data_fingerprint: str, new: bool, allow_change: bool) -> Checkpoint | None:
+    folder = recipe.folder
+    if new and folder.exists():
+        _move_aside(folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise CheckpointError(f"{folder}: the run folder cannot be made ({error}); set run_dir to a writable place"
+                              ) from None
+    checkpoint, passed_over = newest_usable(folder / "checkpoints")
+    for problem in passed_over:
+        print(f"passed over | {problem}", flush=True)
+    if checkpoint is None and list_steps(folder / "checkpoints"):
+        raise CheckpointError(f"{folder}: no checkpoint of this run is usable (named above); mend one, or start over "
+                              "with --new (the old folder is kept under another name)")
+    if checkpoint is not None and not allow_change:
+        _refuse_changes(recipe, checkpoint, data_fingerprint)
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe.to_dict(), sort_keys=False), encoding="utf-8")
+    return checkpoint
+
+
+def _move_aside(folder: Path) -> None:
+    number = 1
+    while (aside := folder.with_name(f"{folder.name}.old-{number}")).exists():
+        number += 1
+    folder.rename(aside)
+    print(f"moved aside | {folder} -> {aside}", flush=True)
+
+
+def _refuse_changes(recipe: Recipe, checkpoint: Checkpoint, data_fingerprint: str) -> None:
+    before, now = _flat(checkpoint.manifest["recipe"]), _flat(recipe.to_dict())
+    problems = [f"{key}: was {before.get(key)!r} when {checkpoint.path} was saved, now {now.get(key)!r}"
+                for key in sorted(before | now) if before.get(key) != now.get(key) and not key.startswith(FREE)]
+    was = checkpoint.manifest.get("data_fingerprint")
+    if was != data_fingerprint:
+        problems.append(f"data.train: the data differ from those of {checkpoint.path} (fingerprint {str(was)[:12]}, now "
+                        f"{data_fingerprint[:12]})")
+    if problems:
+        raise RecipeError([*problems, "a resumed run must be the same run; undo the change, resume with --allow-change, "
+                                      "or start over with --new"])
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat = {}
+    for key, value in values.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return flat

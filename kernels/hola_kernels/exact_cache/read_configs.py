@@ -1,0 +1,64 @@
+"""Launch configurations of the exact read: a small static table, every entry checked on the GPU.
+
+Nothing is tuned at run time. `verify_cases` runs every entry against float64.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+WIDTHS = (16, 32, 64, 128, 256)
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+def read_refusal(k: Tensor, v: Tensor) -> str | None:
+    """Why these kernels do not take k and v, or None."""
+    if k.shape[-1] not in WIDTHS or v.shape[-1] not in WIDTHS:
+        return f"exact read takes K and V of {', '.join(map(str, WIDTHS))}, not {k.shape[-1]} and {v.shape[-1]}"
+    if v.dtype not in DTYPES or k.dtype not in DTYPES:
+        return f"exact read takes float32, float16 and bfloat16, not {v.dtype}"
+    return None
+
+
+@dataclass(frozen=True)
+class Tile:
+    """rows, columns: of a tile of queries by keys; staged: scaled queries pass through memory, not registers."""
+
+    rows: int
+    columns: int
+    warps: int
+    stages: int
+    staged: bool = False
+
+
+@dataclass(frozen=True)
+class ReadConfig:
+    """forward and query_gradient own queries and walk over keys; key_gradient owns keys and walks over queries."""
+
+    forward: Tile
+    query_gradient: Tile
+    key_gradient: Tile
+
+
+INTERPRETER = ReadConfig(Tile(16, 16, 1, 1), Tile(16, 16, 1, 1), Tile(16, 16, 1, 1))
+
+# by (16-bit inputs, wider of K and V); widths below 64 take the entry of 64
+TABLE = {
+    (True, 256): ReadConfig(Tile(128, 64, 8, 2), Tile(128, 32, 8, 2), Tile(64, 64, 4, 2)),
+    (True, 128): ReadConfig(Tile(128, 64, 8, 2), Tile(128, 64, 8, 2), Tile(64, 64, 4, 3)),
+    (True, 64): ReadConfig(Tile(128, 64, 4, 2), Tile(128, 64, 8, 2), Tile(64, 64, 4, 3)),
+    (False, 256): ReadConfig(Tile(64, 32, 8, 1), Tile(32, 32, 8, 1), Tile(32, 32, 8, 1)),
+    (False, 128): ReadConfig(Tile(64, 32, 8, 1), Tile(64, 32, 8, 1), Tile(64, 32, 8, 1)),
+    (False, 64): ReadConfig(Tile(64, 32, 8, 1), Tile(64, 32, 8, 1), Tile(64, 32, 8, 1)),
+}
+
+
+def read_config(key_dim: int, value_dim: int, dtype: torch.dtype, device: torch.device) -> ReadConfig:
+    """The checked configuration for these widths."""
+    if device.type == "cpu":
+        return INTERPRETER
+    return TABLE[dtype != torch.float32, max(64, key_dim, value_dim)]

@@ -1,0 +1,173 @@
+"""Exact read, forward: one softmax over cached slots, own block and sink, flash-style.
+
+The keys of a block are laid out as tiles of `columns` places: first ceil(w / columns) tiles
+of cached slots (gathered rows), then the block's own tokens. One program owns `rows` queries
+of one block and head and walks over the tiles it can see with an online softmax.
+
+The two norms are folded into the dot: with u = x * r (r the inverse norm of a row),
+    logit_ij = K^-1/2 (gamma_q gamma_k u_i) . u_j = (q'_i . k_j) r_j,
+so keys go to the tensor cores as they lie in memory, and r_j scales a column of the logits.
+
+Work for (B, T, H, C, w) = (16, 2048, 4, 256, 64), K = V = 256, bf16: 224 of 320 places a query
+after tiling (184 exact), 4 * 224 * 256 FLOP a query and head = 30 GFLOP; HBM 67 MB each for q, k,
+v, o (and o_state, y when combined): 0.27 to 0.40 GB, floor 0.06 to 0.09 ms. The inverse norms of
+the keys are a pass of their own over k (67 MB, 0.016 ms), cheaper than a norm per visiting program.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from hola_kernels.exact_cache.read_configs import read_config
+from hola_kernels.norms import RMS_EPS
+from hola_kernels.unit_table import UnitTable
+
+LOG2E = tl.constexpr(1.4426950408889634)
+EPS = tl.constexpr(RMS_EPS)
+
+
+@triton.jit
+def _inverse_norm_kernel(x_ptr, norm_ptr, total, H, stride, mean, D: tl.constexpr, ROWS: tl.constexpr):
+    """norm [M, H] = 1 / sqrt(mean * |x|^2 + eps) of rows x [M, H, D]; one tile [ROWS, D] in registers."""
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    at = (row // H).to(tl.int64) * stride + (row % H) * D
+    x = tl.load(x_ptr + at[:, None] + tl.arange(0, D)[None, :], mask=(row < total)[:, None], other=0.0).to(tl.float32)
+    tl.store(norm_ptr + row, tl.rsqrt(tl.sum(x * x, 1) * mean + EPS), mask=row < total)
+
+
+@triton.jit
+def _row_dots(a_ptr, b_ptr, a_at, b_at, is_row, D: tl.constexpr, ROWS: tl.constexpr, CHUNK: tl.constexpr):
+    """[ROWS] float32 sums of a * b over D columns, a few columns at a time: a whole tile would spill registers."""
+    total = tl.zeros((ROWS,), tl.float32)
+    d_C = tl.arange(0, CHUNK)
+    for d in tl.static_range(0, D, CHUNK):
+        a = tl.load(a_ptr + a_at[:, None] + (d + d_C)[None, :], mask=is_row[:, None], other=0.0).to(tl.float32)
+        b = tl.load(b_ptr + b_at[:, None] + (d + d_C)[None, :], mask=is_row[:, None], other=0.0).to(tl.float32)
+        total += tl.sum(a * b, 1)
+    return total
+
+
+@triton.jit
+def _read_forward_kernel(q_ptr, k_ptr, v_ptr, key_norm_ptr, gamma_q_ptr, gamma_k_ptr, sink_ptr, gate_ptr,
+                         o_state_ptr, slots_ptr, units_ptr, y_ptr, o_cache_ptr, lse_ptr,
+                         query_norm_ptr, staged_ptr,
+                         q_stride, k_stride, v_stride, o_state_stride, H, w, mean, scale,
+                         K: tl.constexpr, V: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+                         SLOT_TILES: tl.constexpr, ROW_TILES: tl.constexpr, SINK: tl.constexpr,
+                         COMBINE: tl.constexpr, INCOMING: tl.constexpr, STAGED: tl.constexpr, PRECISION: tl.constexpr):
+    """y, o_cache [M, H, V], lse [M, H] (log2, of all visible places and the sink), query_norm [M, H].
+
+    Shared memory: q' [ROWS, K] once, k and v tiles [COLUMNS, K or V] per stage.
+    Registers: o [ROWS, V] float32, logits [ROWS, COLUMNS] float32, row maxima and sums.
+    """
+    tile = ROW_TILES - 1 - tl.program_id(0) % ROW_TILES  # the longest walks first
+    h = (tl.program_id(0) // ROW_TILES) % H
+    unit = tl.program_id(0) // (ROW_TILES * H)
+    start = tl.load(units_ptr + unit * 5)
+    count = tl.load(units_ptr + unit * 5 + 1)
+    ordinal = tl.load(units_ptr + unit * 5 + 2)
+    if tile * ROWS < count:
+        place_R = tile * ROWS + tl.arange(0, ROWS)
+        is_row = place_R < count
+        row_R = (start + place_R).to(tl.int64)
+        d_K, d_V, c_C = tl.arange(0, K), tl.arange(0, V), tl.arange(0, COLUMNS)
+        dtype = k_ptr.dtype.element_ty
+
+        gamma = tl.load(gamma_q_ptr + d_K).to(tl.float32) * tl.load(gamma_k_ptr + d_K).to(tl.float32)
+        q_at = row_R * q_stride + h * K
+        q_norm = tl.rsqrt(_row_dots(q_ptr, q_ptr, q_at, q_at, is_row, K, ROWS, K if K < 64 else 64) * mean + EPS)
+        tl.store(query_norm_ptr + row_R * H + h, q_norm, mask=is_row)
+        q = tl.load(q_ptr + q_at[:, None] + d_K[None, :], mask=is_row[:, None], other=0.0).to(tl.float32)
+        q = (q * (q_norm * (scale * LOG2E))[:, None] * gamma[None, :]).to(dtype)
+        if STAGED:  # a tile that was computed stays in registers as an operand, one that was loaded does not
+            staged_at = staged_ptr + (row_R * H + h)[:, None] * K + d_K[None, :]
+            tl.store(staged_at, q, mask=is_row[:, None])
+            tl.debug_barrier()
+            q = tl.load(staged_at, mask=is_row[:, None], other=0.0)
+
+        if SINK:
+            highest = tl.zeros((ROWS,), tl.float32) + tl.load(sink_ptr + h).to(tl.float32) * LOG2E
+            total = tl.zeros((ROWS,), tl.float32) + 1.0
+        else:
+            highest = tl.full((ROWS,), float("-inf"), tl.float32)
+            total = tl.zeros((ROWS,), tl.float32)
+        o = tl.zeros((ROWS, V), tl.float32)
+        slots_at = slots_ptr + (unit.to(tl.int64) * H + h) * w
+        slot_row = tl.load(slots_at + c_C, mask=c_C < w, other=-1)
+        first = 0 if INCOMING else tl.where(ordinal > 0, 0, SLOT_TILES)  # the first block has no past
+        last = SLOT_TILES + tl.cdiv(tl.minimum(count, (tile + 1) * ROWS), COLUMNS)
+        for t in tl.range(first, last):
+            cached = t < SLOT_TILES
+            place_C = (t - SLOT_TILES) * COLUMNS + c_C
+            if SLOT_TILES > 1:
+                slot_row = tl.load(slots_at + t * COLUMNS + c_C, mask=cached & (t * COLUMNS + c_C < w), other=-1)
+            seen = tl.where(cached, slot_row >= 0, place_C < count)
+            row_C = tl.where(cached, slot_row, start + place_C).to(tl.int64)
+            k = tl.load(k_ptr + row_C[:, None] * k_stride + h * K + d_K[None, :], mask=seen[:, None], other=0.0)
+            v = tl.load(v_ptr + row_C[:, None] * v_stride + h * V + d_V[None, :], mask=seen[:, None], other=0.0)
+            key_norm = tl.load(key_norm_ptr + row_C * H + h, mask=seen, other=0.0)
+            logit = tl.dot(q, tl.trans(k), input_precision=PRECISION) * key_norm[None, :]
+            visible = seen[None, :] & (cached | (place_C[None, :] <= place_R[:, None]))
+            logit = tl.where(visible, logit, float("-inf"))
+            new_highest = tl.maximum(highest, tl.max(logit, 1))
+            if not SINK:  # a tile of empty slots only: nothing is visible yet
+                new_highest = tl.maximum(new_highest, -1e30)
+            weight = tl.exp2(logit - new_highest[:, None])
+            shrink = tl.exp2(highest - new_highest)
+            total = total * shrink + tl.sum(weight, 1)
+            o = o * shrink[:, None]
+            o = tl.dot(weight.to(dtype), v, o, input_precision=PRECISION)
+            highest = new_highest
+
+        o = o / total[:, None]
+        at_H = row_R * H + h
+        tl.store(lse_ptr + at_H, highest + tl.log2(total), mask=is_row)
+        at = at_H[:, None] * V + d_V[None, :]
+        tl.store(o_cache_ptr + at, o.to(o_cache_ptr.dtype.element_ty), mask=is_row[:, None])
+        if COMBINE:
+            share = tl.sigmoid(tl.load(gate_ptr + h).to(tl.float32))
+            o_state = tl.load(o_state_ptr + row_R[:, None] * o_state_stride + h * V + d_V[None, :],
+                              mask=is_row[:, None], other=0.0).to(tl.float32)
+            tl.store(y_ptr + at, (o_state + share * o).to(y_ptr.dtype.element_ty), mask=is_row[:, None])
+
+
+def launch_inverse_norms(*, x_MHD: Tensor, mean: float) -> Tensor:
+    """1 / sqrt(mean * |x|^2 + eps) of every row, [M, H] float32."""
+    tokens, heads, dim = x_MHD.shape
+    norm_MH = torch.empty(tokens, heads, dtype=torch.float32, device=x_MHD.device)
+    rows = max(1, 8192 // dim)
+    _inverse_norm_kernel[(triton.cdiv(tokens * heads, rows),)](
+        x_MHD, norm_MH, tokens * heads, heads, x_MHD.stride(0), mean, D=dim, ROWS=rows, num_warps=4)
+    return norm_MH
+
+
+def launch_read_forward(*, q_MHK: Tensor, k_RHK: Tensor, v_RHV: Tensor, key_norm_RH: Tensor, gamma_q: Tensor,
+                        gamma_k: Tensor, sink_H: Tensor | None, gate_H: Tensor | None, o_state_MHV: Tensor | None,
+                        slots_UHw: Tensor, units: UnitTable, mean: float, incoming: bool,
+                        config=None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(y, o_cache, lse, inverse norms of q): y = o_state + sigmoid(gate) * o_cache, or o_cache itself without a gate.
+
+    Rows R of k and v: the M tokens, and behind them any rows that `slots` may name.
+    """
+    tokens, heads, key_dim = q_MHK.shape
+    value_dim, slots = v_RHV.shape[2], slots_UHw.shape[2]
+    tile = (config or read_config(key_dim, value_dim, k_RHK.dtype, k_RHK.device)).forward
+    o_cache = torch.empty(tokens, heads, value_dim, dtype=v_RHV.dtype, device=q_MHK.device)
+    lse_MH = torch.empty(tokens, heads, dtype=torch.float32, device=q_MHK.device)
+    query_norm_MH = torch.empty_like(lse_MH)
+    combine = gate_H is not None
+    y = torch.empty_like(o_cache) if combine else o_cache
+    row_tiles = triton.cdiv(units.size, tile.rows)
+    unused = lse_MH
+    staged_MHK = torch.empty(q_MHK.shape, dtype=k_RHK.dtype, device=q_MHK.device) if tile.staged else unused
+    _read_forward_kernel[(units.units * heads * row_tiles,)](
+        q_MHK, k_RHK, v_RHV, key_norm_RH, gamma_q, gamma_k, unused if sink_H is None else sink_H,
+        gate_H if combine else unused, o_state_MHV if combine else unused, slots_UHw, units.table, y, o_cache, lse_MH,
+        query_norm_MH, staged_MHK, q_MHK.stride(0), k_RHK.stride(0), v_RHV.stride(0), o_state_MHV.stride(0) if combine else 0, heads, slots,
+        mean, key_dim**-0.5, K=key_dim, V=value_dim, ROWS=tile.rows, COLUMNS=tile.columns,
+        SLOT_TILES=triton.cdiv(slots, tile.columns), ROW_TILES=row_tiles, SINK=sink_H is not None, COMBINE=combine,
+        INCOMING=incoming, STAGED=tile.staged, PRECISION="tf32x3", num_warps=tile.warps, num_stages=tile.stages)
+    return y, o_cache, lse_MH, query_norm_MH

@@ -1,0 +1,83 @@
+"""Where the chunks lie: tables the kernels index, made once for each packing.
+
+A chunk is up to 64 consecutive tokens of one segment; a span is a run of consecutive
+chunks of one segment that one program walks over. Chunks of a segment are numbered in
+order and segments follow each other, so a span is (first token, end token, first chunk).
+"""
+
+from __future__ import annotations
+
+import weakref
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+CHUNK = 64
+
+
+@dataclass(frozen=True)
+class Layout:
+    """chunks [U, 2] int32: first token and number of tokens of each chunk
+    spans [P, 3] int32: first token, end token, first chunk of each span
+    segment_spans [N, 2] int32: first span of each segment and how many it has (at least one, maybe empty)
+    """
+
+    chunks: Tensor
+    spans: Tensor
+    segment_spans: Tensor
+
+    @property
+    def chunk_count(self) -> int:
+        return self.chunks.shape[0]
+
+    @property
+    def span_count(self) -> int:
+        return self.spans.shape[0]
+
+    @property
+    def segment_count(self) -> int:
+        return self.segment_spans.shape[0]
+
+
+_layouts: dict[tuple[int, str, int], tuple[weakref.ref, Layout]] = {}
+
+
+def layout_of(cu_seqlens: Tensor, device: torch.device, span_chunks: int) -> Layout:
+    """The layout of segments cut at cu_seqlens [N + 1], kept as long as that very tensor lives.
+
+    span_chunks: the most chunks a span may have. Reading cu_seqlens waits for the device once when the
+    tensor is new and lies there, and never when it lies on the CPU.
+    """
+    key = (id(cu_seqlens), str(device), span_chunks)
+    known = _layouts.get(key)
+    if known is not None and known[0]() is cu_seqlens:
+        return known[1]
+    layout = cut_spans(cu_seqlens.tolist(), device, span_chunks)
+    _layouts[key] = (weakref.ref(cu_seqlens, lambda _: _layouts.pop(key, None)), layout)
+    return layout
+
+
+def cut_spans(cuts: list[int], device: torch.device, span_chunks: int) -> Layout:
+    start, end = torch.tensor(cuts[:-1]), torch.tensor(cuts[1:])
+    chunk_first, chunk_last, first_chunk = _cut(start, end, CHUNK)
+    span_first, span_last, first_span = _cut(start, end, span_chunks * CHUNK, at_least=1)
+    segment = torch.bucketize(torch.arange(span_first.numel()), first_span, right=True) - 1
+    span_chunk = first_chunk[segment] + (span_first - start[segment]) // CHUNK
+    spans_of = torch.diff(first_span, append=torch.tensor([span_first.numel()]))
+
+    def table(*columns: Tensor) -> Tensor:
+        return torch.stack(columns, 1).to(torch.int32).to(device, non_blocking=True)
+
+    return Layout(table(chunk_first, chunk_last - chunk_first), table(span_first, span_last, span_chunk),
+                  table(first_span, spans_of))
+
+
+def _cut(start: Tensor, end: Tensor, size: int, at_least: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+    """Pieces of `size` tokens: first token and end token of each, and the first piece of each segment."""
+    count = ((end - start + size - 1) // size).clamp_min(at_least)
+    first_piece = count.cumsum(0) - count
+    segment = torch.repeat_interleave(torch.arange(count.numel()), count)
+    ordinal = torch.arange(segment.numel()) - first_piece[segment]
+    first = start[segment] + ordinal * size
+    return first, torch.minimum(first + size, end[segment]), first_piece

@@ -1,0 +1,121 @@
+"""What each chunk needs before the state comes: scales of its tokens, its solve and its attention.
+
+With unit k^ = rk k and q^ = rq q, g the log decay summed from the chunk's first token, and
+k^_i.k^_j exp(g_i - g_j) below the diagonal called N_ij, the residuals of a chunk are
+
+    e = (I + N diag(beta))^-1 rho,  rho = v - exp(g) k^ S_in        that is   e = rho - U (beta rho)
+    U = N (I + diag(beta) N)^-1,   strictly lower triangular and free of any division by beta
+
+and the same U gives the backward solve: dr = dx - U^T (beta dx). U is built in two levels:
+forward substitution in the four 16 x 16 diagonal blocks (stable for beta near 1 and equal keys,
+where a series of powers of N loses every digit), then the blocks are joined by the four-term
+series of a block matrix that is nilpotent after four steps, whose terms stay small.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from hola_kernels.norms import L2_EPS
+from hola_kernels.triton_config import launch_of
+
+# rows of the scales buffer [U, H, SCALES, 64], zero past the end of a chunk
+SCALES = 8
+KEY_IN = tl.constexpr(0)     # exp(g) rk: k into the incoming state
+KEY_OUT = tl.constexpr(1)    # exp(g_end - g) rk: k into the outgoing state
+QUERY_IN = tl.constexpr(2)   # K^-1/2 exp(g) rq
+BETA = tl.constexpr(3)
+DECAY = tl.constexpr(4)      # g, held at its last value past the end
+KEY_NORM = tl.constexpr(5)   # rk
+QUERY_NORM = tl.constexpr(6)  # rq
+
+
+@triton.jit
+def _prepare_kernel(q, k, log_decay, beta, chunks, scales, solve, attend,
+                    H: tl.constexpr, K: tl.constexpr, C: tl.constexpr, ROWS: tl.constexpr, EPS: tl.constexpr,
+                    PRECISION: tl.constexpr):
+    """One program a chunk and head. k, q [64, K] and all [64, 64] matrices in registers, fp32 but for k and q."""
+    pid = tl.program_id(0)
+    chunk, head = pid // H, pid % H
+    start = tl.load(chunks + chunk * 2).to(tl.int64)
+    length = tl.load(chunks + chunk * 2 + 1)
+    place = tl.arange(0, C)
+    inside = place < length
+    dim = tl.arange(0, K)
+    tile = place[:, None] * (H * K) + dim[None, :]
+    k_CK = tl.load(k + (start * H + head) * K + tile, mask=inside[:, None], other=0.0)
+    q_CK = tl.load(q + (start * H + head) * K + tile, mask=inside[:, None], other=0.0)
+    g = tl.load(log_decay + start * H + head + place * H, mask=inside, other=0.0).to(tl.float32)
+    b = tl.load(beta + start * H + head + place * H, mask=inside, other=0.0).to(tl.float32)
+
+    g = tl.cumsum(g, 0)
+    g_end = tl.sum(tl.where(place == C - 1, g, 0.0), 0)
+    wide_k, wide_q = k_CK.to(tl.float32), q_CK.to(tl.float32)
+    rk = tl.where(inside, 1.0 / tl.sqrt(tl.sum(wide_k * wide_k, 1) + EPS), 0.0)
+    rq = tl.where(inside, 1.0 / tl.sqrt(tl.sum(wide_q * wide_q, 1) + EPS), 0.0)
+    root: tl.constexpr = K ** -0.5
+    row = scales + pid.to(tl.int64) * (ROWS * C) + place
+    tl.store(row + KEY_IN * C, tl.exp(g) * rk)
+    tl.store(row + KEY_OUT * C, tl.exp(g_end - g) * rk)
+    tl.store(row + QUERY_IN * C, tl.exp(g) * rq * root)
+    tl.store(row + BETA * C, b)
+    tl.store(row + DECAY * C, g)
+    tl.store(row + KEY_NORM * C, rk)
+    tl.store(row + QUERY_NORM * C, rq)
+
+    # masked before exp: above the diagonal g_i - g_j is positive and may overflow
+    difference = tl.where(place[:, None] >= place[None, :], g[:, None] - g[None, :], float("-inf"))
+    decay_CC = tl.exp(difference) * rk[None, :]
+    matrix = pid.to(tl.int64) * (C * C) + place[:, None] * C + place[None, :]
+    attend_CC = tl.dot(q_CK, tl.trans(k_CK), input_precision=PRECISION) * decay_CC * (rq * root)[:, None]
+    tl.store(attend + matrix, attend_CC.to(attend.dtype.element_ty))
+    n_CC = tl.dot(k_CK, tl.trans(k_CK), input_precision=PRECISION) * decay_CC * rk[:, None]
+    n_CC = tl.where(place[:, None] > place[None, :], n_CC, 0.0)
+    tl.store(solve + matrix, _solve(n_CC, b, C, PRECISION).to(solve.dtype.element_ty))
+
+
+@triton.jit
+def _solve(n_CC, b, C: tl.constexpr, PRECISION: tl.constexpr):
+    """U = N (I + diag(b) N)^-1 of a strictly lower triangular N, fp32."""
+    D: tl.constexpr = 16
+    B: tl.constexpr = C // D
+    block, within = tl.arange(0, B), tl.arange(0, D)
+    same = (block[:, None, None, None] == block[None, None, :, None])
+    # [B, D, D]: the diagonal blocks of N, solved one row at a time: u_i = n_i - sum_j<i n_ij b_j u_j
+    n_BDD = tl.sum(tl.where(same, tl.reshape(n_CC, (B, D, B, D)), 0.0), 2)
+    b_BD = tl.reshape(b, (B, D))
+    u_BDD = n_BDD
+    for i in range(1, D):
+        is_i = (within == i)[None, :, None]
+        n_i = tl.sum(tl.where(is_i, n_BDD, 0.0), 1)
+        seen = tl.sum((n_i * b_BD)[:, :, None] * u_BDD, 1)
+        u_BDD = tl.where(is_i, (n_i - seen)[:, None, :], u_BDD)
+    u_CC = tl.reshape(tl.where(same, u_BDD[:, :, None, :], 0.0), (C, C))
+    # (I + N b) U = N with N = (blocks on the diagonal) + L: (I + J b) U = U_diagonal + J, J = (I - U_diagonal b) L
+    of = tl.arange(0, C) // D
+    l_CC = tl.where(of[:, None] > of[None, :], n_CC, 0.0)
+    j_CC = l_CC - tl.dot(u_CC * b[None, :], l_CC, input_precision=PRECISION)
+    step_CC = j_CC * b[None, :]
+    right_CC = u_CC + j_CC
+    twice_CC = tl.dot(step_CC, step_CC, input_precision=PRECISION)
+    even_CC = right_CC + tl.dot(twice_CC, right_CC, input_precision=PRECISION)
+    return even_CC - tl.dot(step_CC, even_CC, input_precision=PRECISION)
+
+
+def prepare(*, q_MHK: Tensor, k_MHK: Tensor, log_decay_MH: Tensor, beta_MH: Tensor, chunks: Tensor,
+            precision: str) -> tuple[Tensor, Tensor, Tensor]:
+    """scales [U, H, 8, 64] fp32, solve U and attention P [U, H, 64, 64] in q's dtype, for all chunks at once."""
+    heads, key_dim = q_MHK.shape[1:]
+    count, size = chunks.shape[0], 64
+    scales = q_MHK.new_empty(count, heads, SCALES, size, dtype=torch.float32)
+    solve = q_MHK.new_empty(count, heads, size, size)
+    attend = solve.new_empty(solve.shape)
+    launch = launch_of("gated_delta_prepare", key_dim, q_MHK.element_size())
+    if count:
+        _prepare_kernel[(count * heads,)](
+            q_MHK, k_MHK, log_decay_MH, beta_MH, chunks, scales, solve, attend, H=heads, K=key_dim, C=size,
+            ROWS=SCALES, EPS=L2_EPS, PRECISION=precision, num_warps=launch.warps, num_stages=launch.stages)
+    return scales, solve, attend

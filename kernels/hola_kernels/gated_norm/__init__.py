@@ -1,0 +1,37 @@
+"""Gated RMS norm: what the output of every head passes before the output projection."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from hola_kernels.backend import choose_backend
+from hola_kernels.errors import KernelError
+from hola_kernels.gated_norm.reference import gated_rms_norm_reference
+from hola_kernels.norms import compute_dtype
+
+
+def gated_rms_norm_fused(x_MV: Tensor, gate_MV: Tensor, weight_V: Tensor, eps: float) -> Tensor:
+    """Same contract as `gated_rms_norm_reference`, with torch's own fused pieces."""
+    wide = compute_dtype(x_MV)
+    normed = F.rms_norm(x_MV.to(wide), weight_V.shape, weight_V.to(wide), eps)
+    return (normed * F.silu(gate_MV.to(wide))).to(x_MV.dtype)
+
+
+IMPLEMENTATIONS = {"reference": gated_rms_norm_reference, "torch": gated_rms_norm_fused}
+
+
+def gated_rms_norm(*, x: Tensor, gate: Tensor, weight: Tensor, eps: float = 1e-5, backend: str = "auto") -> Tensor:
+    """RMSNorm(x) * weight * SiLU(gate) over the last axis; statistics in float32.
+
+    x, gate [..., V], weight [V]. Returns y [..., V] in x's dtype. Raises KernelError.
+    """
+    if x.shape != gate.shape:
+        raise KernelError(f"x {tuple(x.shape)} and gate {tuple(gate.shape)} must have the same shape")
+    if weight.shape != x.shape[-1:]:
+        raise KernelError(f"weight {tuple(weight.shape)} must be [V] with the V of x {tuple(x.shape)}")
+    run = IMPLEMENTATIONS[choose_backend(backend, x.device)]
+    return run(x.reshape(-1, x.shape[-1]), gate.reshape(-1, x.shape[-1]), weight, eps).view(x.shape)
+
+
+__all__ = ["gated_rms_norm"]

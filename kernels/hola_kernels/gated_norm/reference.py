@@ -1,0 +1,20 @@
+"""The definition of the gated output norm.
+
+    y = x / sqrt(mean x^2 + eps) * weight * SiLU(gate)       over the last axis, statistics in float32
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from hola_kernels.norms import compute_dtype
+
+
+def gated_rms_norm_reference(x_MV: Tensor, gate_MV: Tensor, weight_V: Tensor, eps: float) -> Tensor:
+    """Rows x, gate [M, V] -> y [M, V] in x's dtype."""
+    wide = compute_dtype(x_MV)
+    x, gate = x_MV.to(wide), gate_MV.to(wide)
+    mean_square = (x * x).sum(-1, keepdim=True) / x.shape[-1]
+    y = x / torch.sqrt(mean_square + eps) * weight_V.to(wide) * (gate / (1 + torch.exp(-gate)))
+    return y.to(x_MV.dtype)

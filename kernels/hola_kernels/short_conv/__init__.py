@@ -1,0 +1,66 @@
+"""Short convolution: each channel mixed with its own last W - 1 tokens, then SiLU."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from hola_kernels.backend import choose_backend
+from hola_kernels.checks import check_cu_seqlens, segments_of
+from hola_kernels.errors import KernelError
+from hola_kernels.norms import compute_dtype
+from hola_kernels.short_conv.reference import short_conv_reference
+from hola_kernels.short_conv.torch_shifts import short_conv_shifts
+
+IMPLEMENTATIONS = {"reference": short_conv_reference, "torch": short_conv_shifts}
+
+
+def short_conv(*, x: Tensor, weight: Tensor, cu_seqlens: Tensor | None = None, tail: Tensor | None = None,
+               return_tail: bool = False, backend: str = "auto") -> Tensor | tuple[Tensor, Tensor]:
+    """SiLU of the depthwise causal convolution of x over time.
+
+    x [B, T, D]; weight [D, W], whose last column multiplies the current token. With cu_seqlens
+    [N + 1], B is 1 and the tokens are N documents that do not see each other. tail [N, W - 1, D]
+    (N = B without cu_seqlens): the last inputs before this call, oldest first, zeros when None.
+
+    Returns y like x, and with return_tail the tail after the last token. Both are differentiable
+    in x, weight and tail. Raises KernelError.
+    """
+    cuts = _check(x, weight, cu_seqlens, tail)
+    if tail is None:
+        tail = x.new_zeros(cuts.numel() - 1, weight.shape[1] - 1, x.shape[2])
+    run = IMPLEMENTATIONS[choose_backend(backend, x.device)]
+    y, after = run(x.flatten(0, 1), weight, cuts, tail)
+    y = y.view_as(x)
+    return (y, after) if return_tail else y
+
+
+@torch.no_grad()
+def short_conv_step(*, x: Tensor, weight: Tensor, tail: Tensor) -> Tensor:
+    """One decoded token for each of N sequences: x [N, D] -> y [N, D]; `tail` [N, W - 1, D] is updated in place."""
+    if x.ndim != 2 or tail.shape != (x.shape[0], weight.shape[1] - 1, x.shape[1]) or weight.shape[0] != x.shape[1]:
+        raise KernelError(f"x {tuple(x.shape)}, weight {tuple(weight.shape)} and tail {tuple(tail.shape)} "
+                          "must be [N, D], [D, W] and [N, W - 1, D]")
+    wide = compute_dtype(x)
+    window = torch.cat([tail.to(x.dtype), x[:, None]], 1)
+    y = F.silu((window.to(wide) * weight.to(wide).mT).sum(1))
+    tail.copy_(window[:, 1:])
+    return y.to(x.dtype)
+
+
+def _check(x: Tensor, weight: Tensor, cu_seqlens: Tensor | None, tail: Tensor | None) -> Tensor:
+    """The cuts of the flat tokens, once the arguments fit each other."""
+    if x.ndim != 3:
+        raise KernelError(f"x {tuple(x.shape)} must be [B, T, D]")
+    if weight.ndim != 2 or weight.shape[0] != x.shape[2] or weight.shape[1] < 1:
+        raise KernelError(f"weight {tuple(weight.shape)} must be [D, W] with the D of x {tuple(x.shape)} and W >= 1")
+    check_cu_seqlens(x, cu_seqlens)
+    cuts = segments_of(x, cu_seqlens)
+    want = (cuts.numel() - 1, weight.shape[1] - 1, x.shape[2])
+    if tail is not None and tail.shape != want:
+        raise KernelError(f"tail {tuple(tail.shape)} must be [N, W - 1, D] = {want}")
+    return cuts
+
+
+__all__ = ["short_conv", "short_conv_step"]

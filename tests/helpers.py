@@ -1,0 +1,87 @@
+"""Running the real programs from tests: own process group, a time limit, output to a file."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from hola_megatron.checkpoint.folder import open_checkpoint
+from hola_megatron.checkpoint.tensors import TensorReader
+
+ROOT = Path(__file__).parent.parent
+
+# every kind of layer, everything tiny
+MICRO = {
+    "name": "micro",
+    "model": {"layers": 4, "hidden_size": 32, "pattern": "HGHA", "heads": 2, "key_dim": 16, "value_dim": 16,
+              "attention_heads": 2, "mlp_hidden_size": 64, "vocab_size": 264, "cache": {"block": 16, "slots": 4}},
+    "data": {"train": "", "tokenizer": "bytes"},
+    "train": {"sequence_length": 64, "global_batch_size": 8, "micro_batch_size": 2, "steps": 5,
+              "learning_rate": 3e-3, "warmup_steps": 2, "weight_decay": 0.1, "precision": "fp32"},
+    "checkpoint": {"every": 100},
+    "log": {"every": 1, "tensorboard": False},
+}
+
+
+@dataclass
+class Finished:
+    """How a program ended."""
+
+    code: int
+    output: str
+
+
+def run_program(arguments: list[str], log: Path, *, ranks: int = 0, timeout: float = 300,
+                environment: dict[str, str] | None = None) -> Finished:
+    """`python -m arguments...`, or with ranks under our launcher; killed as a group when late."""
+    process = start_program(arguments, log, ranks=ranks, environment=environment)
+    try:
+        code = process.wait(timeout)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        raise AssertionError(f"no end within {timeout} s:\n{log.read_text()[-3000:]}") from None
+    return Finished(code, log.read_text(errors="replace"))
+
+
+def start_program(arguments: list[str], log: Path, *, ranks: int = 0,
+                  environment: dict[str, str] | None = None) -> subprocess.Popen:
+    launcher = ["-m", "hola_megatron.launch", "--nproc-per-node", str(ranks)] if ranks else []
+    variables = {**os.environ, "TORCHDYNAMO_DISABLE": "1", "OMP_NUM_THREADS": "1", **(environment or {})}
+    with log.open("w") as output:
+        return subprocess.Popen([sys.executable, *launcher, *arguments], stdout=output, stderr=subprocess.STDOUT,
+                                cwd=ROOT, env=variables, start_new_session=True)
+
+
+def write_recipe(path: Path, data: Path, **changes: Any) -> Path:
+    """MICRO with changes given as section__key=value, as a file (JSON is YAML)."""
+    recipe = json.loads(json.dumps(MICRO))
+    recipe["data"]["train"] = str(data)
+    for key, value in changes.items():
+        *sections, last = key.split("__")
+        at = recipe
+        for section in sections:
+            at = at.setdefault(section, {})
+        at[last] = value
+    path.write_text(json.dumps(recipe))
+    return path
+
+
+def metric_rows(run: Path, kind: str = "train") -> list[dict[str, Any]]:
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [row for row in rows if row["kind"] == kind]
+
+
+def checkpoint_tensors(path: Path, kind: str = "weight") -> dict[str, torch.Tensor]:
+    """Every logical tensor of a checkpoint, whole."""
+    checkpoint = open_checkpoint(path)
+    reader = TensorReader(path, checkpoint.manifest["tensors"][kind])
+    return {name: reader.whole(name) for name in reader.names()}
