@@ -21,7 +21,7 @@ from pydantic.dataclasses import dataclass
 
 from hola_megatron.errors import RecipeError
 
-STRICT = ConfigDict(extra="forbid", strict=True)
+STRICT = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 ALIASES = {"train.lr": "train.learning_rate", "train.min_lr": "train.min_learning_rate"}
 
 

@@ -74,11 +74,11 @@ def _refuse_changes(recipe: Recipe, checkpoint: Checkpoint, data_fingerprint: st
                 for key in sorted(before | now) if before.get(key) != now.get(key) and not key.startswith(FREE)]
     was = checkpoint.manifest.get("data_fingerprint")
     if was != data_fingerprint:
-        problems.append(f"data.train: the data differ from those of {checkpoint.path} (fingerprint {str(was)[:12]}, now "
-                        f"{data_fingerprint[:12]})")
+        problems.append(f"data.train: the data differ from those of {checkpoint.path} (fingerprint {str(was)[:12]}, "
+                        f"now {data_fingerprint[:12]})")
     if problems:
-        raise RecipeError([*problems, "a resumed run must be the same run; undo the change, resume with --allow-change, "
-                                      "or start over with --new"])
+        raise RecipeError([*problems, "a resumed run must be the same run; undo the change, resume with "
+                                      "--allow-change, or start over with --new"])
 
 
 def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -10,7 +10,7 @@ checkpoint of the run folder wins. Exit codes: 0 finished, 2 recipe, 3 data, 4 d
 
 from __future__ import annotations
 
-import hola_megatron.quiet  # noqa: F401  (first: it sets what later imports say)
+import hola_megatron.quiet  # isort: skip  # noqa: F401  (first: it sets what later imports say)
 
 import argparse
 import contextlib
@@ -121,11 +121,20 @@ class Run:
         row = {"step": step, "kind": "train", "loss": finite(result.loss), "grad_norm": finite(result.grad_norm),
                "learning_rate": learning_rate(recipe, step - 1), "samples": self.state.samples,
                "tokens": step * recipe.tokens_per_step, "loss_tokens": result.tokens, "tokens_per_second": speed,
+               **self.tokens_by_stream(),
                "mfu": self.clock.mfu(speed), "memory_gb": memory,
                "eta_seconds": (recipe.train.steps - step) * recipe.tokens_per_step / speed}
         self.metrics.write(row)
         print(console.step_line({**row, "loss": result.loss, "grad_norm": result.grad_norm}, recipe.train.steps, total),
               flush=True)
+
+    def tokens_by_stream(self) -> dict[str, int]:
+        """Tokens read of each stream of a mixture so far; nothing where there is one."""
+        mixture = self.data.mixture
+        if len(mixture.names) == 1:
+            return {}
+        counts = mixture.tokens_per_stream(self.state.samples)
+        return {f"tokens/{name}": count for name, count in zip(mixture.names, counts, strict=True)}
 
     def validate(self) -> None:
         recipe, totals, health = self.recipe, [0.0, 0], {}
@@ -267,7 +276,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--new", action="store_true", help="start over; an earlier run's folder is moved aside")
     parser.add_argument("--allow-change", action="store_true",
                         help="resume although the recipe or the data differ from the checkpoint's")
-    args = parser.parse_args(argv)
+    args = parser.parse_intermixed_args(argv)
     train(load_recipe(args.recipe, args.overrides), new=args.new, allow_change=args.allow_change)
 
 

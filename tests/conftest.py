@@ -20,7 +20,7 @@ def text_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     root = tmp_path_factory.mktemp("text")
     for part in ("train", "valid"):
-        done = run_program(["tools/prepare_data.py", "--bundled", part, "--tokenizer", "bytes", "--sequence-length", "64",
-                            "--workers", "1", "--out", str(root / part)], root / "log.txt")
+        options = ["--tokenizer", "bytes", "--sequence-length", "64", "--workers", "1", "--out", str(root / part)]
+        done = run_program(["tools/prepare_data.py", "--bundled", part, *options], root / "log.txt")
         assert done.code == 0, done.output
     return root

@@ -56,7 +56,7 @@ def open_checkpoint(path: Path, *, verify: bool = True) -> Checkpoint:
     try:
         manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise CheckpointError(f"{path}: not a checkpoint ({MANIFEST} is missing); give a step_NNNNNNNN folder") from None
+        raise CheckpointError(f"{path}: not a checkpoint (no {MANIFEST}); give a step_NNNNNNNN folder") from None
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path / MANIFEST}: damaged ({error}); use another checkpoint") from None
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
@@ -69,7 +69,7 @@ def open_checkpoint(path: Path, *, verify: bool = True) -> Checkpoint:
 
 def _check_file(path: Path, name: str, about: dict[str, Any], verify: bool) -> None:
     if Path(name).name != name:
-        raise CheckpointError(f"{path / MANIFEST}: names the file {name!r} outside its folder; the manifest was altered")
+        raise CheckpointError(f"{path / MANIFEST}: names {name!r}, outside its folder; the manifest was altered")
     file = path / name
     if not file.is_file():
         raise CheckpointError(f"{file}: missing; use another checkpoint")

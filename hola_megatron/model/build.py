@@ -76,6 +76,6 @@ def _part(name: str) -> str:
         return "output"
     if last in ("gamma_q", "gamma_k", "gate", "sink"):
         return "exact_cache"
-    if last.endswith("_norm") and last != "o_norm" or last == "norm":
+    if last in ("mixer_norm", "mlp_norm", "norm"):
         return "norms"
     return "mlp" if ".mlp." in name else "mixer"

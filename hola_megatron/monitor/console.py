@@ -35,7 +35,7 @@ def rate(value: float) -> str:
 
 
 def step_line(row: dict[str, Any], steps: int, memory_total: float) -> str:
-    """`step 4,000/28,610 14.0% | loss 2.913 | gnorm 0.41 | lr 3.9e-4 | 1.31M tok/s | MFU 38.2% | mem 61/80 GB | eta`."""
+    """`step 4,000/28,610 14.0% | loss 2.9131 | gnorm 0.410 | lr 3.9e-4 | 1.31M tok/s | MFU 38.2% | mem 61/80 GB | eta ...`"""
     mfu = "MFU n/a" if row["mfu"] is None else f"MFU {100 * row['mfu']:.1f}%"
     return " | ".join([
         f"step {row['step']:,}/{steps:,} {100 * row['step'] / steps:.1f}%", f"loss {row['loss']:.4f}",
@@ -47,7 +47,8 @@ def step_line(row: dict[str, Any], steps: int, memory_total: float) -> str:
 def memory_gb(device: torch.device) -> tuple[float, float]:
     """(peak used, total) GB of 10^9 bytes: of the GPU, or of this process on a machine without one."""
     if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 1e9, torch.cuda.get_device_properties(device).total_memory / 1e9
+        total = torch.cuda.get_device_properties(device).total_memory
+        return torch.cuda.max_memory_allocated(device) / 1e9, total / 1e9
     return psutil.Process().memory_info().rss / 1e9, psutil.virtual_memory().total / 1e9
 
 

@@ -24,7 +24,8 @@ LAYOUTS = {
 
 def train(folder: Path, data: Path, ranks: int, parallel: dict, **changes) -> Path:
     """Five steps of the micro recipe; returns the run folder."""
-    recipe = write_recipe(folder / "recipe.yaml", data / "train", parallel=parallel, run_dir=str(folder / "run"), **changes)
+    recipe = write_recipe(folder / "recipe.yaml", data / "train", parallel=parallel, run_dir=str(folder / "run"),
+                          **changes)
     done = run_program(["-m", "hola_megatron.train", str(recipe)], folder / "log.txt", ranks=ranks)
     assert done.code == 0, done.output[-4000:]
     return folder / "run"
@@ -61,8 +62,8 @@ def assert_same_run(run: Path, alone: Path, steps: int) -> None:
 
 
 def test_bf16_trains_at_every_kind_of_layer(tmp_path, text_data):
-    run = train(tmp_path, text_data, 2, {"tensor": 2, "sequence": True}, train__precision="bf16", train__recompute="full",
-                train__steps=8)
+    run = train(tmp_path, text_data, 2, {"tensor": 2, "sequence": True}, train__precision="bf16",
+                train__recompute="full", train__steps=8)
     losses = [row["loss"] for row in metric_rows(run)]
     assert losses[-1] < losses[0] - 0.3
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from hola_kernels.backend import choose_backend
-from hola_kernels.checks import check_memory, check_tokens, segments_of
+from hola_kernels.checks import check_cu_seqlens, check_memory, check_tokens, segments_of
 from hola_kernels.exact_cache.read_configs import read_refusal
 from hola_kernels.exact_cache.reference import exact_read_reference
 from hola_kernels.exact_cache.torch_blocks import exact_read_blocks, read_mass_blocks, select_tokens
@@ -43,20 +43,33 @@ def exact_read(*, q: Tensor, k: Tensor, v: Tensor, score: Tensor, gamma_q: Tenso
     if name == "triton":
         run = functools.partial(run, fresh=fresh, dense=cu_seqlens is None)
     o, after = run(*(x.flatten(0, 1) for x in (q, k, v, score)), gamma_q, gamma_k, sink, read_norm, cuts, memory)
-    return o.view_as(v).to(v.dtype), after
+    return o.view(v.shape).to(v.dtype), after
 
 
-def select_cache(*, score: Tensor, block: int = 256, slots: int = 64, cu_seqlens: Tensor | None = None) -> Tensor:
+def select_cache(*, score: Tensor, block: int = 256, slots: int = 64, cu_seqlens: Tensor | None = None,
+                 backend: str = "auto") -> Tensor:
     """The tokens each block sees of its past: [U, H, slots] flat token numbers, -1 where a slot is empty.
 
     score [B, T, H]; blocks are numbered segment by segment. Ties stay with the earlier token.
     """
+    check_cu_seqlens(score, cu_seqlens)
     cuts = segments_of(score, cu_seqlens)
+    refusal = None if score.dtype == torch.float32 else f"selection takes float32 scores, not {score.dtype}"
+    if choose_backend(backend, score.device, refusal) == "triton":
+        return _select_triton(score, cuts, block, slots, dense=cu_seqlens is None)
     nothing = torch.zeros(*score.shape, 1, device=score.device)
     memory = HolaState.empty(cuts.numel() - 1, score.shape[2], 1, 1, block=block, slots=slots, device=score.device)
     rows = select_tokens(score.detach().flatten(0, 1), cuts, check_memory(
         memory, cuts.numel() - 1, nothing, nothing, block, slots)).rows
     return torch.where(rows < score.shape[0] * score.shape[1], rows, -1)
+
+
+def _select_triton(score: Tensor, cuts: Tensor, block: int, slots: int, *, dense: bool) -> Tensor:
+    from hola_kernels.exact_cache.triton_read import Blocks, select_slots
+
+    flat = score.detach().flatten(0, 1).contiguous()
+    blocks = Blocks.cut(cuts, flat.shape[0], block=block, slots=slots, dense=dense)
+    return select_slots(score_MH=flat, plan=blocks.plan, slots=slots)[: int(blocks.units.first[-1])].long()
 
 
 def read_mass(*, q: Tensor, k: Tensor, v: Tensor, score: Tensor, gamma_q: Tensor, gamma_k: Tensor,

@@ -24,7 +24,7 @@ CHUNK = 64
 
 def gated_delta_chunked(q_MHK: Tensor, k_MHK: Tensor, v_MHV: Tensor, log_decay_MH: Tensor, beta_MH: Tensor,
                         cu_seqlens: Tensor, state_NHKV: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Flat tokens in segments -> (o [M, H, V], score [M, H] without gradient, state [N, H, K, V]), float32 or float64."""
+    """Flat tokens in segments -> o [M, H, V], score [M, H] (no gradient), state [N, H, K, V]; float32 or float64."""
     wide = compute_dtype(v_MHV)
     units = cut_units(cu_seqlens, CHUNK)
 

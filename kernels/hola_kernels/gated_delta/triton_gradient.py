@@ -63,7 +63,6 @@ def _gradient_kernel(q, k, do, residual, states, dstates, scales, attend, chunks
 
     # the [64, 64] matrices; masked before exp: above the diagonal the differences may overflow
     key_tile = place[:, None] * (H * K) + dim[None, :]
-    k_CK = tl.load(k + at * K + key_tile, mask=inside[:, None], other=0.0)
     rk, rq = tl.load(row + KEY_NORM * C), tl.load(row + QUERY_NORM * C)
     root: tl.constexpr = K ** -0.5
     below, above = place[:, None] > place[None, :], place[:, None] < place[None, :]
@@ -74,10 +73,15 @@ def _gradient_kernel(q, k, do, residual, states, dstates, scales, attend, chunks
     m_CC = do_x_CC * decay_CC * root
     g_CC = tl.where(below, -dr_e_CC * decay_CC * (b[:, None] * b[None, :]), 0.0)
     p_CC = tl.load(attend + here * (C * C) + place[:, None] * C + place[None, :]).to(tl.float32)
-    kk_CC = tl.dot(k_CK, tl.trans(k_CK), input_precision=PRECISION) * rk[:, None] * rk[None, :]
-    inner_CC = do_x_CC * p_CC + g_CC * kk_CC
+    kk_CC = tl.zeros([C, C], tl.float32)
+    for part in tl.static_range(K // 64):  # in parts: in fp32 the whole of k on both sides outgrows shared memory
+        k_C64 = tl.load(k + at * K + part * 64 + place[:, None] * (H * K) + tl.arange(0, 64)[None, :],
+                        mask=inside[:, None], other=0.0)
+        kk_CC = tl.dot(k_C64, tl.trans(k_C64), kk_CC, input_precision=PRECISION)
+    inner_CC = do_x_CC * p_CC + g_CC * kk_CC * (rk[:, None] * rk[None, :])
     dg = tl.sum(inner_CC, 1) - tl.sum(inner_CC, 0)
 
+    k_CK = tl.load(k + at * K + key_tile, mask=inside[:, None], other=0.0)
     q_CK = tl.load(q + at * K + key_tile, mask=inside[:, None], other=0.0)
     unit_q = q_CK.to(tl.float32) * rq[:, None]
     dq_CK = dq_CK * (tl.exp(g) * root)[:, None]
@@ -103,6 +107,8 @@ def _gradient_kernel(q, k, do, residual, states, dstates, scales, attend, chunks
         after_CK = tl.dot(e_CV, ds_VK, after_CK, input_precision=PRECISION)
         product_K += tl.sum(s_VK.to(tl.float32) * ds_VK.to(tl.float32), 0)
         tl.store(dr_dv + values, (dr_CV.to(tl.float32) * b[:, None]).to(narrow), mask=inside[:, None])
+    # read again rather than kept: k and q would fill shared memory all through the loop
+    k_CK = tl.load(k + at * K + key_tile, mask=inside[:, None], other=0.0)
     before_CK = before_CK * (-b * tl.exp(g))[:, None]
     after_CK = after_CK * (b * tl.exp(g_end - g))[:, None]
     unit_k = k_CK.to(tl.float32) * rk[:, None]
@@ -112,8 +118,9 @@ def _gradient_kernel(q, k, do, residual, states, dstates, scales, attend, chunks
     dlog = tl.sum(tl.where(below, 0.0, dg[None, :]), 1) + boundary
     tl.store(dlog_decay + at + place * H, dlog.to(dlog_decay.dtype.element_ty), mask=inside)
 
-    dk_CK = tl.dot(to_q_CC, q_CK, before_CK + after_CK, input_precision=PRECISION)
-    dk_CK = tl.dot(to_k_CC, k_CK, dk_CK, input_precision=PRECISION)
+    dk_CK = tl.dot(to_k_CC, k_CK, before_CK + after_CK, input_precision=PRECISION)
+    q_CK = tl.load(q + at * K + key_tile, mask=inside[:, None], other=0.0)
+    dk_CK = tl.dot(to_q_CC, q_CK, dk_CK, input_precision=PRECISION)
     dk_CK = (dk_CK - unit_k * tl.sum(dk_CK * unit_k, 1)[:, None]) * rk[:, None]
     tl.store(dk + at * K + key_tile, dk_CK.to(narrow), mask=inside[:, None])
 

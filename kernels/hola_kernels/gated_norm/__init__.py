@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -18,7 +19,14 @@ def gated_rms_norm_fused(x_MV: Tensor, gate_MV: Tensor, weight_V: Tensor, eps: f
     return (normed * F.silu(gate_MV.to(wide))).to(x_MV.dtype)
 
 
-IMPLEMENTATIONS = {"reference": gated_rms_norm_reference, "torch": gated_rms_norm_fused}
+def _gated_rms_norm_triton(*arguments: Tensor | float) -> Tensor:
+    from hola_kernels.gated_norm.triton_rows import gated_rms_norm_triton  # on first use: triton may be missing
+
+    return gated_rms_norm_triton(*arguments)
+
+
+IMPLEMENTATIONS = {"reference": gated_rms_norm_reference, "torch": gated_rms_norm_fused,
+                   "triton": _gated_rms_norm_triton}
 
 
 def gated_rms_norm(*, x: Tensor, gate: Tensor, weight: Tensor, eps: float = 1e-5, backend: str = "auto") -> Tensor:
@@ -30,7 +38,10 @@ def gated_rms_norm(*, x: Tensor, gate: Tensor, weight: Tensor, eps: float = 1e-5
         raise KernelError(f"x {tuple(x.shape)} and gate {tuple(gate.shape)} must have the same shape")
     if weight.shape != x.shape[-1:]:
         raise KernelError(f"weight {tuple(weight.shape)} must be [V] with the V of x {tuple(x.shape)}")
-    run = IMPLEMENTATIONS[choose_backend(backend, x.device)]
+    refusal = f"gated norm takes at most 4096 columns, not {x.shape[-1]}" if x.shape[-1] > 4096 else None
+    if x.dtype == torch.float64:
+        refusal = "gated norm does not take float64"
+    run = IMPLEMENTATIONS[choose_backend(backend, x.device, refusal)]
     return run(x.reshape(-1, x.shape[-1]), gate.reshape(-1, x.shape[-1]), weight, eps).view(x.shape)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -13,7 +15,14 @@ from hola_kernels.norms import compute_dtype
 from hola_kernels.short_conv.reference import short_conv_reference
 from hola_kernels.short_conv.torch_shifts import short_conv_shifts
 
-IMPLEMENTATIONS = {"reference": short_conv_reference, "torch": short_conv_shifts}
+
+def _short_conv_triton(*arguments: Tensor, dense: bool) -> tuple[Tensor, Tensor]:
+    from hola_kernels.short_conv.triton_strips import short_conv_triton  # on first use: triton may be missing
+
+    return short_conv_triton(*arguments, dense=dense)
+
+
+IMPLEMENTATIONS = {"reference": short_conv_reference, "torch": short_conv_shifts, "triton": _short_conv_triton}
 
 
 def short_conv(*, x: Tensor, weight: Tensor, cu_seqlens: Tensor | None = None, tail: Tensor | None = None,
@@ -30,7 +39,10 @@ def short_conv(*, x: Tensor, weight: Tensor, cu_seqlens: Tensor | None = None, t
     cuts = _check(x, weight, cu_seqlens, tail)
     if tail is None:
         tail = x.new_zeros(cuts.numel() - 1, weight.shape[1] - 1, x.shape[2])
-    run = IMPLEMENTATIONS[choose_backend(backend, x.device)]
+    name = choose_backend(backend, x.device, _refusal(x, weight))
+    run = IMPLEMENTATIONS[name]
+    if name == "triton":
+        run = functools.partial(run, dense=cu_seqlens is None)
     y, after = run(x.flatten(0, 1), weight, cuts, tail)
     y = y.view_as(x)
     return (y, after) if return_tail else y
@@ -47,6 +59,15 @@ def short_conv_step(*, x: Tensor, weight: Tensor, tail: Tensor) -> Tensor:
     y = F.silu((window.to(wide) * weight.to(wide).mT).sum(1))
     tail.copy_(window[:, 1:])
     return y.to(x.dtype)
+
+
+def _refusal(x: Tensor, weight: Tensor) -> str | None:
+    """Why the Triton kernels do not take these arguments, or None."""
+    if weight.shape[1] > 4:
+        return f"short convolution takes at most 4 taps, not {weight.shape[1]}"
+    if x.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+        return f"short convolution takes float32, float16 and bfloat16, not {x.dtype}"
+    return None
 
 
 def _check(x: Tensor, weight: Tensor, cu_seqlens: Tensor | None, tail: Tensor | None) -> Tensor:

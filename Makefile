@@ -1,0 +1,34 @@
+# make demo   install, then the whole path on this machine in a few minutes
+# make test   install, lint, the whole CPU test suite
+# Both start from a fresh clone and may be run again at any time.
+
+VENV := .venv
+BIN := $(VENV)/bin
+CANDIDATES := python3.12 python3 python3.13
+PYTHON ?= $(shell for p in $(CANDIDATES); do \
+	$$p -c 'import sys; sys.exit(sys.version_info < (3, 12))' 2>/dev/null && echo $$p && break; done)
+
+.PHONY: demo test lint install clean
+
+demo: install
+	@$(BIN)/python tools/demo.py
+
+test: install lint
+	@TORCHDYNAMO_DISABLE=1 $(BIN)/python -m pytest
+
+lint: install
+	@$(BIN)/ruff check .
+
+install: $(VENV)/.installed
+
+$(VENV)/.installed: setup.py constraints.txt
+	@$(if $(PYTHON),,echo "make: needs Python 3.12 or newer; install it, or name it: make PYTHON=/path/to/python3.12 $(MAKECMDGOALS)" >&2; exit 2)
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 12))' 2>/dev/null || \
+		{ echo "make: $(PYTHON) is older than Python 3.12; name a newer one: make PYTHON=/path/to/python3.12 $(MAKECMDGOALS)" >&2; exit 2; }
+	@echo "installing into $(VENV) (about 6 GB, minutes; once)"
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $@
+
+clean:
+	rm -rf $(VENV) runs/demo

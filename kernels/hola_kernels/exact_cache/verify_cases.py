@@ -1,0 +1,153 @@
+"""Correctness cases of the exact read on the current GPU, against the torch backend in float64.
+
+Both sides choose from the same float32 scores, so they read the same tokens. Errors are the
+RMS of the difference over the RMS of what is expected. Outputs are filled with NaN before
+every launch, so a number that was never written cannot pass.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from hola_kernels.exact_cache import exact_read, select_cache
+
+NAMES = ("q", "k", "v", "gamma_q", "gamma_k", "sink", "gate", "o_state")
+LIMITS = {"float32": {"o": 1e-5, "gradient": 1e-4}, "bfloat16": {"o": 5e-3, "gradient": 8e-3},
+          "float16": {"o": 1e-3, "gradient": 2e-3}}
+PACKED = (0, 0, 1, 64, 65, 700, 700, 1723)
+
+
+def cases() -> list[tuple[str, Callable[[], dict[str, float]]]]:
+    """(name, run) of every case; the first word of the name is the dtype, and run() measures its errors."""
+    made: list[tuple[str, Callable[[], dict[str, float]]]] = []
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        word = str(dtype).removeprefix("torch.")
+        for key, value in ((256, 256), (128, 128), (64, 64), (128, 256), (256, 64)):
+            made.append((f"{word} exact read K={key} V={value} T=600",
+                         lambda d=dtype, k=key, v=value: measure_read(dtype=d, key=k, value=v, lengths=[600, 600])))
+            made.append((f"{word} exact read K={key} V={value} packed",
+                         lambda d=dtype, k=key, v=value: measure_read(dtype=d, key=k, value=v, cuts=PACKED)))
+        made.append((f"{word} exact read with an incoming memory", lambda d=dtype: measure_pieces(dtype=d)))
+    for length in (1, 63, 255, 257, 1000, 6000):
+        made.append((f"bfloat16 exact read K=128 V=128 T={length}",
+                     lambda n=length: measure_read(dtype=torch.bfloat16, key=128, value=128, lengths=[n])))
+    made.append(("float32 selection", measure_selection))
+    return made
+
+
+def limit(name: str, output: str) -> float:
+    """The largest error of `output` that the case `name` may show."""
+    limits = LIMITS[name.split()[0]]
+    return limits["o"] if output == "o" else limits["gradient"] if output != "wrong slots" else 0.5
+
+
+def measure_read(*, dtype: torch.dtype, key: int, value: int, lengths: list[int] | None = None,
+                 cuts: tuple[int, ...] | None = None, heads: int = 2, block: int = 256, slots: int = 64,
+                 config: object = None, seed: int = 0) -> dict[str, float]:
+    """Errors of the combined read and all its gradients: rows of equal `lengths`, or documents cut at `cuts`."""
+    from hola_kernels.exact_cache import read_configs, triton_read
+
+    batch, length = (1, cuts[-1]) if cuts else (len(lengths), lengths[0])
+    inputs = make_inputs(batch * length, heads, key, value, dtype, seed)
+    score = inputs.pop("score")
+    bounds = torch.tensor(cuts or range(0, batch * length + 1, length), device="cuda")
+    blocks = triton_read.Blocks.cut(bounds, batch * length, block=block, slots=slots, dense=cuts is None)
+    narrow = {n: x.clone().requires_grad_() for n, x in inputs.items()}
+    chosen = read_configs.TABLE.copy()
+    if config is not None:
+        read_configs.TABLE.update(dict.fromkeys(chosen, config))
+    try:
+        with poisoned():
+            y = triton_read.exact_read_combine(**narrow, score=score, blocks=blocks, read_norm="rms")
+            found = _gradients(y, narrow)
+    finally:
+        read_configs.TABLE.update(chosen)
+    wide = {n: x.double().requires_grad_() for n, x in inputs.items()}
+    own = {n: wide[n].view(batch, length, *wide[n].shape[1:]) for n in ("q", "k", "v")}
+    o_cache, _ = exact_read(**own, **{n: wide[n] for n in ("gamma_q", "gamma_k", "sink")}, block=block, slots=slots,
+                            score=score.double().view(batch, length, heads), backend="torch",
+                            cu_seqlens=bounds if cuts else None)
+    expected_y = wide["o_state"] + wide["gate"].sigmoid()[:, None] * o_cache.flatten(0, 1)
+    expected = _gradients(expected_y, wide)
+    return {"o": relative_error(y, expected_y)} | {n: relative_error(found[n], expected[n]) for n in NAMES}
+
+
+def measure_pieces(*, dtype: torch.dtype, length: int = 1300, key: int = 128) -> dict[str, float]:
+    """Errors of a sequence read in pieces that hand the memory on, against the whole in float64."""
+    inputs = make_inputs(length, 2, key, key, dtype, 3)
+    inputs = {n: x[None] if x.ndim > 1 else x for n, x in inputs.items() if n not in ("gate", "o_state")}
+    score = inputs.pop("score")
+    narrow = {n: x.clone().requires_grad_() for n, x in inputs.items()}
+    memory, outputs = None, []
+    with poisoned():
+        for start, end in ((0, 300), (300, 310), (310, 1024), (1024, length)):
+            piece = {n: x[:, start:end] if x.ndim > 2 else x for n, x in narrow.items()}
+            o, memory = exact_read(**piece, score=score[:, start:end], memory=memory, backend="triton")
+            outputs.append(o)
+        found = _gradients(torch.cat(outputs, 1), narrow)
+    wide = {n: x.double().requires_grad_() for n, x in inputs.items()}
+    expected_o, _ = exact_read(**wide, score=score.double(), backend="torch")
+    expected = _gradients(expected_o, wide)
+    return {"o": relative_error(torch.cat(outputs, 1), expected_o)} | {
+        n: relative_error(found[n], expected[n]) for n in found}
+
+
+def measure_selection() -> dict[str, float]:
+    """Slots that differ from the torch choice, with ties, over several spans and packed documents."""
+    from hola_kernels.exact_cache import triton_read
+
+    wrong = 0
+    for batch, length, cuts in ((2, 2048, None), (1, 9000, None), (1, 9000, (0, 0, 1, 300, 5000, 5000, 9000))):
+        score = torch.randint(-40, 200, (batch, length, 3), device="cuda").float() / 8
+        bounds = torch.tensor(cuts or range(0, batch * length + 1, length), device="cuda")
+        expected = select_cache(score=score, cu_seqlens=bounds if cuts else None, backend="torch")
+        blocks = triton_read.Blocks.cut(bounds, batch * length, block=256, slots=64, dense=cuts is None)
+        found = triton_read.select_slots(score_MH=score.flatten(0, 1), plan=blocks.plan, slots=64)
+        wrong += int((found[: expected.shape[0]] != expected).sum())
+    return {"wrong slots": float(wrong)}
+
+
+def make_inputs(tokens: int, heads: int, key: int, value: int, dtype: torch.dtype, seed: int) -> dict[str, Tensor]:
+    """Flat inputs on the GPU; keys twice as long as queries, gammas off one, scores positive."""
+    g = torch.Generator("cuda").manual_seed(seed)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=g, device="cuda")
+
+    tokens_like = {"q": normal(tokens, heads, key), "k": 2 * normal(tokens, heads, key),
+                   "v": normal(tokens, heads, value), "o_state": normal(tokens, heads, value)}
+    return {n: x.to(dtype) for n, x in tokens_like.items()} | {
+        "gamma_q": 1 + 0.3 * normal(key), "gamma_k": 1 + 0.3 * normal(key), "sink": normal(heads),
+        "gate": normal(heads), "score": normal(tokens, heads).abs()}
+
+
+def relative_error(found: Tensor, expected: Tensor) -> float:
+    """RMS of the difference over RMS of what is expected; NaN where anything is."""
+    scale = expected.detach().double().norm().clamp_min(1e-30)
+    return float((found.detach().double() - expected.detach().double()).norm() / scale)
+
+
+def _gradients(y: Tensor, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+    weight = torch.randn(y.shape, generator=torch.Generator().manual_seed(1)).to(y.device).to(torch.bfloat16)
+    found = torch.autograd.grad(y, list(inputs.values()), weight.to(y.dtype))
+    return dict(zip(inputs, found, strict=True))
+
+
+@contextmanager
+def poisoned() -> Iterator[None]:
+    """torch.empty gives NaN (floats) or -1 (integers) inside."""
+    empty, empty_like = torch.empty, torch.empty_like
+
+    def fill(x: Tensor) -> Tensor:
+        return x.fill_(float("nan") if x.is_floating_point() else -1)
+
+    torch.empty = lambda *a, **o: fill(empty(*a, **o))
+    torch.empty_like = lambda *a, **o: fill(empty_like(*a, **o))
+    try:
+        yield
+    finally:
+        torch.empty, torch.empty_like = empty, empty_like

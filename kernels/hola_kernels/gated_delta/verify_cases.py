@@ -1,0 +1,93 @@
+"""Correctness cases of the gated delta rule, against the chunked torch backend in float64.
+
+One case a (K, V, dtype) that can be launched and a kind of input: slow decay with a state coming in and
+its gradient going out, packed documents with empty and one-token ones, keys nearly equal with beta near 1,
+and a decay so fast that only its last digits matter.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from hola_kernels.gated_delta import IMPLEMENTATIONS, TRITON_DIMENSIONS, TRITON_DTYPES
+from hola_kernels.verify import poisoned, relative_error
+
+LIMITS = {"bfloat16": (0.005, 0.008, 0.02), "float16": (0.005, 0.008, 0.02), "float32": (1e-5, 1e-4, 1e-4)}
+KINDS = {
+    "slow": {"cuts": (0, 200), "decay": 0.003},
+    "packed": {"cuts": (0, 0, 1, 64, 64, 129, 400), "decay": 0.02},
+    "equal keys": {"cuts": (0, 300), "decay": 0.0, "spread": 0.2},
+    "fast": {"cuts": (0, 130, 257), "decay": 3.0},
+}
+
+
+def cases() -> list[tuple[str, Callable[[], dict[str, float]]]]:
+    made = []
+    for dtype in TRITON_DTYPES:
+        for key in TRITON_DIMENSIONS:
+            for value in TRITON_DIMENSIONS:
+                for kind in KINDS:
+                    name = f"gated_delta {str(dtype).removeprefix('torch.')} K={key} V={value} {kind}"
+                    made.append((name, lambda d=dtype, k=key, v=value, o=kind: measure(
+                        dtype=d, key=k, value=v, device="cuda", **KINDS[o])))
+    return made
+
+
+def limit(name: str, output: str) -> float:
+    forward, gradient, scalar_gradient = LIMITS[name.split()[1]]
+    if output in ("o", "score", "state"):
+        return forward
+    return scalar_gradient if output in ("dbeta", "dlog_decay") else gradient
+
+
+def measure(*, dtype: torch.dtype, key: int, value: int, cuts: tuple[int, ...], decay: float, device: str,
+            spread: float | None = None, heads: int = 2, seed: int = 0) -> dict[str, float]:
+    """Relative errors of o, score, final state and every gradient, all outputs poisoned before the launch.
+
+    decay: largest -log_decay of a token. spread: keys that differ by this much from one common key, and
+    beta = 0.999 (the hardest system to solve); independent keys without it.
+    """
+    inputs = make_inputs(cuts[-1], len(cuts) - 1, heads, key, value, decay, spread, seed)
+    narrow = [x.to(dtype if i < 3 else torch.float32).to(device) for i, x in enumerate(inputs)]
+    weights = [x.to(device) for x in make_weights(cuts[-1], len(cuts) - 1, heads, key, value, dtype)]
+    bounds = torch.tensor(cuts)
+    expected = _run("torch", [x.double() for x in narrow], bounds.to(device), weights)
+    with poisoned():
+        found = _run("triton", narrow, bounds, weights)
+    return {name: relative_error(found[name], expected[name]) for name in expected}
+
+
+def make_inputs(tokens: int, segments: int, heads: int, key: int, value: int, decay: float, spread: float | None,
+                seed: int) -> list[Tensor]:
+    """Flat q, k, v, log_decay, beta and an initial state, float64 on the CPU; the first head does not decay."""
+    g = torch.Generator().manual_seed(seed)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=g, dtype=torch.float64)
+
+    k = 2 * normal(tokens, heads, key) if spread is None else normal(1, heads, key) + spread * normal(tokens, heads, key)
+    beta = torch.sigmoid(2 * normal(tokens, heads) + 1)
+    beta = torch.full_like(beta, 0.999) if spread is not None else beta
+    beta[::7], beta[3::11] = 0.999, 0.0
+    log_decay = -decay * torch.rand(tokens, heads, generator=g, dtype=torch.float64)
+    log_decay[:, 0] = 0.0
+    return [normal(tokens, heads, key), k, normal(tokens, heads, value), log_decay, beta,
+            0.3 * normal(segments, heads, key, value)]
+
+
+def make_weights(tokens: int, segments: int, heads: int, key: int, value: int, dtype: torch.dtype) -> list[Tensor]:
+    """Gradients that reach o (in the dtype of the call) and the final state."""
+    g = torch.Generator().manual_seed(1)
+    return [torch.randn(tokens, heads, value, generator=g).to(dtype),
+            0.3 * torch.randn(segments, heads, key, value, generator=g)]
+
+
+def _run(backend: str, inputs: list[Tensor], bounds: Tensor, weights: list[Tensor]) -> dict[str, Tensor]:
+    leaves = [x.clone().requires_grad_() for x in inputs]
+    o, score, state = IMPLEMENTATIONS[backend](*leaves[:5], bounds, leaves[5])
+    gradients = torch.autograd.grad([o, state], leaves, [w.to(x) for w, x in zip(weights, (o, state), strict=True)])
+    names = ("dq", "dk", "dv", "dlog_decay", "dbeta", "dstate")
+    return {"o": o, "score": score, "state": state, **dict(zip(names, gradients, strict=True))}

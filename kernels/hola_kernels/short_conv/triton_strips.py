@@ -1,0 +1,196 @@
+"""The short convolution in one pass over memory each way: a program walks down a strip of tokens.
+
+A strip is `size` consecutive tokens of one document and CHANNELS channels; the last three
+inputs (and in the backward pass the last three gradients) stay in registers, so x, y, dy
+and dx cross HBM once. A strip begins with the three inputs before it, from the document or
+its tail; backward it also looks three tokens ahead, because those read its own.
+
+    z_t = sum_j w_{W-1-j} x_{t-j}      y = SiLU(z)      dz = dy SiLU'(z)      dx_t = sum_j w_{W-1-j} dz_{t+j}
+
+The weight gradient is summed per strip into HBM and then over strips: deterministic.
+Kernels have four taps; a narrower convolution is one whose first taps are zero.
+For 32,768 tokens of 3,072 channels in bf16: forward 0.40 GB, 0.094 ms at 4.3 TB/s; backward 0.60 GB, 0.14 ms.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from hola_kernels.unit_table import UnitTable, unit_table
+
+TAPS = 4
+STRIP = {"forward": 64, "backward": 128}
+CHANNELS = 256
+
+
+@triton.jit
+def _before(x_ptr, tail_ptr, row, back, ordinal, segment, d, is_channel, D, x_stride, BEFORE: tl.constexpr):
+    """Input number `back` (1 to 3) before a strip's first token `row`: from the document or from its tail."""
+    inside = tl.load(x_ptr + (row - back).to(tl.int64) * x_stride + d, mask=is_channel & (ordinal > 0), other=0.0)
+    from_tail = is_channel & (ordinal == 0) & (back <= BEFORE)
+    tail = tl.load(tail_ptr + (segment.to(tl.int64) * BEFORE + BEFORE - back) * D + d, mask=from_tail, other=0.0)
+    return inside.to(tl.float32) + tail.to(tl.float32)
+
+
+@triton.jit
+def _taps(weight_ptr, d, is_channel, BEFORE: tl.constexpr):
+    """(w of the current token, of one before, of two, of three), float32, zero where the convolution is narrower."""
+    at = weight_ptr + d * (BEFORE + 1) + BEFORE
+    w0 = tl.load(at, mask=is_channel, other=0.0).to(tl.float32)
+    w1 = tl.load(at - 1, mask=is_channel & (BEFORE >= 1), other=0.0).to(tl.float32)
+    w2 = tl.load(at - 2, mask=is_channel & (BEFORE >= 2), other=0.0).to(tl.float32)
+    w3 = tl.load(at - 3, mask=is_channel & (BEFORE >= 3), other=0.0).to(tl.float32)
+    return w0, w1, w2, w3
+
+
+@triton.jit
+def _forward_kernel(x_ptr, weight_ptr, tail_ptr, strips_ptr, y_ptr, D, x_stride, BEFORE: tl.constexpr,
+                    CHANNELS: tl.constexpr):
+    """y [M, D]. Registers: four inputs and four taps of [CHANNELS]."""
+    strip = tl.program_id(1)
+    row = tl.load(strips_ptr + strip * 5)
+    count = tl.load(strips_ptr + strip * 5 + 1)
+    ordinal = tl.load(strips_ptr + strip * 5 + 2)
+    segment = tl.load(strips_ptr + strip * 5 + 4)
+    d = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
+    is_channel = d < D
+    real = is_channel & (count > 0)
+    w0, w1, w2, w3 = _taps(weight_ptr, d, is_channel, BEFORE)
+    x1 = _before(x_ptr, tail_ptr, row, 1, ordinal, segment, d, real, D, x_stride, BEFORE)
+    x2 = _before(x_ptr, tail_ptr, row, 2, ordinal, segment, d, real, D, x_stride, BEFORE)
+    x3 = _before(x_ptr, tail_ptr, row, 3, ordinal, segment, d, real, D, x_stride, BEFORE)
+    for i in tl.range(0, count, loop_unroll_factor=4):
+        at = (row + i).to(tl.int64)
+        x0 = tl.load(x_ptr + at * x_stride + d, mask=is_channel, other=0.0).to(tl.float32)
+        z = w0 * x0 + w1 * x1 + w2 * x2 + w3 * x3
+        y = z * tl.sigmoid(z)
+        tl.store(y_ptr + at * D + d, y.to(y_ptr.dtype.element_ty), mask=is_channel)
+        x3, x2, x1 = x2, x1, x0
+
+
+@triton.jit
+def _backward_kernel(x_ptr, weight_ptr, tail_ptr, dy_ptr, strips_ptr, dx_ptr, dtail_ptr, weight_part_ptr, D, x_stride,
+                     dy_stride, BEFORE: tl.constexpr, CHANNELS: tl.constexpr):
+    """dx [M, D], dtail [N, BEFORE, D], weight_part [strips, 4, D] (tap 0: the current token).
+
+    Registers: four inputs, four dz, four taps and four tap gradients of [CHANNELS]. At step i the gradient
+    of the input three tokens back is complete; before the strip's first token that is the tail's.
+    """
+    strip = tl.program_id(1)
+    row = tl.load(strips_ptr + strip * 5)
+    count = tl.load(strips_ptr + strip * 5 + 1)
+    ordinal = tl.load(strips_ptr + strip * 5 + 2)
+    following = tl.load(strips_ptr + strip * 5 + 3)
+    segment = tl.load(strips_ptr + strip * 5 + 4)
+    ahead = 0
+    if following > 0:  # the next strip of the document, perhaps short
+        ahead = tl.minimum(tl.load(strips_ptr + strip * 5 + 6), 3)
+    d = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
+    is_channel = d < D
+    real = is_channel & (count > 0)
+    w0, w1, w2, w3 = _taps(weight_ptr, d, is_channel, BEFORE)
+    x1 = _before(x_ptr, tail_ptr, row, 1, ordinal, segment, d, real, D, x_stride, BEFORE)
+    x2 = _before(x_ptr, tail_ptr, row, 2, ordinal, segment, d, real, D, x_stride, BEFORE)
+    x3 = _before(x_ptr, tail_ptr, row, 3, ordinal, segment, d, real, D, x_stride, BEFORE)
+    zero = tl.zeros((CHANNELS,), tl.float32)
+    dz1, dz2, dz3 = zero, zero, zero
+    dw0, dw1, dw2, dw3 = zero, zero, zero, zero
+    steps = tl.where(count > 0, count + 3, 0)
+    for i in tl.range(0, steps, loop_unroll_factor=4):
+        at = (row + i).to(tl.int64)
+        there = is_channel & (i < count + ahead)
+        x0 = tl.load(x_ptr + at * x_stride + d, mask=there, other=0.0).to(tl.float32)
+        dy = tl.load(dy_ptr + at * dy_stride + d, mask=there, other=0.0).to(tl.float32)
+        z = w0 * x0 + w1 * x1 + w2 * x2 + w3 * x3
+        open_ = tl.sigmoid(z)
+        dz0 = dy * open_ * (1.0 + z * (1.0 - open_))
+        own = tl.where(i < count, dz0, 0.0)
+        dw0 += own * x0
+        dw1 += own * x1
+        dw2 += own * x2
+        dw3 += own * x3
+        dx = w3 * dz0 + w2 * dz1 + w1 * dz2 + w0 * dz3
+        tl.store(dx_ptr + (at - 3) * D + d, dx.to(dx_ptr.dtype.element_ty), mask=is_channel & (i >= 3))
+        place = i - (3 - BEFORE)
+        in_tail = is_channel & (ordinal == 0) & (i < 3) & (place >= 0)
+        tl.store(dtail_ptr + (segment.to(tl.int64) * BEFORE + place) * D + d, dx.to(dtail_ptr.dtype.element_ty),
+                 mask=in_tail)
+        x3, x2, x1 = x2, x1, x0
+        dz3, dz2, dz1 = dz2, dz1, dz0
+    part = weight_part_ptr + strip.to(tl.int64) * 4 * D + d
+    tl.store(part, dw0, mask=is_channel)
+    tl.store(part + D, dw1, mask=is_channel)
+    tl.store(part + 2 * D, dw2, mask=is_channel)
+    tl.store(part + 3 * D, dw3, mask=is_channel)
+
+
+class ShortConv(torch.autograd.Function):
+    """(y, tail after) of flat tokens; saves its inputs only."""
+
+    @staticmethod
+    def forward(ctx, x_MD, weight_DW, cuts, tail_NJD, dense: bool):
+        strips = _strips(x_MD, cuts, "forward", dense)
+        y_MD = torch.empty(x_MD.shape, dtype=x_MD.dtype, device=x_MD.device)
+        channels = x_MD.shape[1]
+        _forward_kernel[(triton.cdiv(channels, CHANNELS), strips.units)](
+            x_MD, weight_DW, tail_NJD, strips.table, y_MD, channels, x_MD.stride(0), BEFORE=weight_DW.shape[1] - 1,
+            CHANNELS=CHANNELS, num_warps=1)
+        ctx.save_for_backward(x_MD, weight_DW, cuts, tail_NJD)
+        ctx.dense = dense
+        return y_MD, _tail_after(x_MD, cuts, tail_NJD)
+
+    @staticmethod
+    def backward(ctx, dy_MD, dafter_NJD):
+        x_MD, weight_DW, cuts, tail_NJD = ctx.saved_tensors
+        (tokens, channels), width = x_MD.shape, weight_DW.shape[1]
+        strips = _strips(x_MD, cuts, "backward", ctx.dense)
+        dy_MD = dy_MD if dy_MD.stride(1) == 1 else dy_MD.contiguous()
+        dx_MD = torch.empty(x_MD.shape, dtype=x_MD.dtype, device=x_MD.device)
+        dtail_NJD = torch.zeros_like(tail_NJD)  # documents without tokens have no strip
+        parts = torch.empty(strips.units, TAPS, channels, dtype=torch.float32, device=x_MD.device)
+        _backward_kernel[(triton.cdiv(channels, CHANNELS), strips.units)](
+            x_MD, weight_DW, tail_NJD, dy_MD, strips.table, dx_MD, dtail_NJD, parts, channels, x_MD.stride(0),
+            dy_MD.stride(0), BEFORE=width - 1, CHANNELS=CHANNELS, num_warps=1)
+        dweight_DW = parts.sum(0)[:width].flip(0).mT.to(weight_DW.dtype)
+        if dafter_NJD is not None and width > 1:
+            source = _source_of_tail(cuts, tail_NJD)
+            laid = torch.cat([dx_MD, dtail_NJD.flatten(0, 1).to(dx_MD.dtype)])
+            laid.index_add_(0, source, dafter_NJD.flatten(0, 1).to(dx_MD.dtype))
+            dx_MD, dtail_NJD = laid[:tokens], laid[tokens:].view_as(dtail_NJD).to(tail_NJD.dtype)
+        return dx_MD, dweight_DW, None, dtail_NJD, None
+
+
+def short_conv_triton(x_MD: Tensor, weight_DW: Tensor, cu_seqlens: Tensor, tail_NJD: Tensor, *,
+                      dense: bool = False) -> tuple[Tensor, Tensor]:
+    """Same contract as `torch_shifts.short_conv_shifts`; dense: all documents are of one length."""
+    if not x_MD.numel():
+        return x_MD, tail_NJD
+    x_MD = x_MD if x_MD.stride(1) == 1 else x_MD.contiguous()
+    return ShortConv.apply(x_MD, weight_DW.contiguous(), cu_seqlens, tail_NJD.contiguous(), dense)
+
+
+def _strips(x_MD: Tensor, cuts: Tensor, direction: str, dense: bool) -> UnitTable:
+    return unit_table(cuts, x_MD.shape[0], STRIP[direction], dense)
+
+
+def _source_of_tail(cuts: Tensor, tail_NJD: Tensor) -> Tensor:
+    """[N * J] rows of cat([x, tail]) that the tails after the call hold."""
+    segments, before = tail_NJD.shape[:2]
+    back = torch.arange(before, 0, -1, device=cuts.device)
+    row = cuts[1:, None] - back
+    length = cuts.diff()[:, None]
+    segment = torch.arange(segments, device=cuts.device)[:, None]
+    in_tail = cuts[-1] + segment * before + (before - back + length)
+    return torch.where(back <= length, row, in_tail).flatten()
+
+
+def _tail_after(x_MD: Tensor, cuts: Tensor, tail_NJD: Tensor) -> Tensor:
+    segments, before, channels = tail_NJD.shape
+    source = _source_of_tail(cuts, tail_NJD)
+    tokens = x_MD.shape[0]
+    from_x = x_MD[source.clamp(max=tokens - 1)]
+    from_tail = tail_NJD.flatten(0, 1)[(source - tokens).clamp(min=0)] if before else from_x
+    return torch.where((source < tokens)[:, None], from_x, from_tail.to(x_MD.dtype)).view(segments, before, channels)

@@ -1,0 +1,103 @@
+"""Resume: bit for bit in the same layout, and into any other layout, optimizer included."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import checkpoint_tensors, metric_rows, run_program, start_program, write_recipe
+
+pytestmark = pytest.mark.distributed
+
+KINDS = ("weight", "exp_avg", "exp_avg_sq")
+
+
+def recipe_for(folder: Path, data: Path, parallel: dict | None = None) -> Path:
+    return write_recipe(folder / "recipe.yaml", data / "train", parallel=parallel or {}, run_dir=str(folder / "run"),
+                        train__steps=6, checkpoint={"every": 3, "keep": 5})
+
+
+def stop_at(step: int, run: Path) -> None:
+    """Leave the run as a kill right after `step`'s checkpoint would."""
+    for path in (run / "checkpoints").iterdir():
+        if int(path.name.split("_")[1]) > step:
+            for file in path.iterdir():
+                file.unlink()
+            path.rmdir()
+
+
+@pytest.fixture(scope="session")
+def tp2(tmp_path_factory, text_data) -> Path:
+    """Six steps without a stop on two tensor ranks, with checkpoints at 3 and 6."""
+    folder = tmp_path_factory.mktemp("tp2")
+    recipe = recipe_for(folder, text_data, {"tensor": 2})
+    assert run_program(["-m", "hola_megatron.train", str(recipe)], folder / "log.txt", ranks=2).code == 0
+    return folder / "run"
+
+
+def copy_run(run: Path, to: Path) -> Path:
+    import shutil
+
+    shutil.copytree(run, to / "run")
+    return to / "run"
+
+
+@pytest.mark.parametrize(("ranks", "parallel"), [
+    (2, {"tensor": 2}), (0, {}), (2, {"pipeline": 2}), (2, {"distributed_optimizer": True}),
+    (2, {"distributed_optimizer": False})], ids=["tp2", "tp1", "pp2", "dp2_dist_opt", "dp2"])
+def test_a_tp2_checkpoint_goes_on_in(ranks, parallel, tp2, text_data, tmp_path):
+    run = copy_run(tp2, tmp_path)
+    stop_at(3, run)
+    recipe = recipe_for(tmp_path, text_data, parallel)
+    done = run_program(["-m", "hola_megatron.train", str(recipe)], tmp_path / "log.txt", ranks=ranks)
+    assert done.code == 0, done.output[-3000:]
+    assert "resuming at step 3" in done.output
+    rows = metric_rows(run)
+    assert [row["step"] for row in rows] == [1, 2, 3, 4, 5, 6]
+    for kind in KINDS:
+        want = checkpoint_tensors(tp2 / "checkpoints/step_00000006", kind)
+        have = checkpoint_tensors(run / "checkpoints/step_00000006", kind)
+        assert want.keys() == have.keys()
+        for name, tensor in want.items():
+            if parallel == {"tensor": 2}:
+                assert torch.equal(have[name], tensor), (kind, name)
+            error = float((have[name] - tensor).norm() / tensor.norm().clamp_min(1e-6))
+            assert error < 1e-3, (kind, name, error)
+    for want, have in zip(metric_rows(tp2), rows, strict=True):
+        assert have["loss"] == pytest.approx(want["loss"], rel=1e-5)
+
+
+def test_resume_with_the_distributed_optimizer_is_bitwise(text_data, tmp_path):
+    folders = [tmp_path / "whole", tmp_path / "parts"]
+    for folder in folders:
+        folder.mkdir()
+        recipe = recipe_for(folder, text_data, {"distributed_optimizer": True})
+        assert run_program(["-m", "hola_megatron.train", str(recipe)], folder / "log.txt", ranks=2).code == 0
+    stop_at(3, folders[1] / "run")
+    recipe = recipe_for(folders[1], text_data, {"distributed_optimizer": True})
+    assert run_program(["-m", "hola_megatron.train", str(recipe)], folders[1] / "log.txt", ranks=2).code == 0
+    for kind in KINDS:
+        want, have = (checkpoint_tensors(f / "run/checkpoints/step_00000006", kind) for f in folders)
+        assert all(torch.equal(have[name], want[name]) for name in want)
+
+
+def test_a_signal_to_one_rank_saves_and_exits_75(text_data, tmp_path):
+    recipe = write_recipe(tmp_path / "recipe.yaml", text_data / "train", run_dir=str(tmp_path / "run"),
+                          train__steps=10_000, checkpoint={"every": 5000})
+    process = start_program(["-m", "hola_megatron.train", str(recipe)], tmp_path / "log.txt", ranks=2)
+    metrics = tmp_path / "run/metrics.jsonl"
+    deadline = time.time() + 120
+    while time.time() < deadline and not (metrics.exists() and metrics.read_text().count("\n") >= 3):
+        time.sleep(0.2)
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    os.kill(int(children[0]), signal.SIGUSR1)
+    assert process.wait(120) == 75, (tmp_path / "log.txt").read_text()[-3000:]
+    saved = [path for path in (tmp_path / "run/checkpoints").iterdir()]
+    assert len(saved) == 1
+    step = json.loads((saved[0] / "manifest.json").read_text())["step"]
+    assert f"stopped by SIGUSR1 at step {step:,}" in (tmp_path / "log.txt").read_text()

@@ -1,0 +1,86 @@
+"""The Triton gated delta rule under Triton's interpreter, on the CPU, tiny shapes.
+
+The interpreter must be chosen before triton is imported, so one test starts this same file
+again in a process of its own. It sees indexing, masks and formulas; miscompiles, rounding of
+16-bit products and races are for `python -m hola_kernels.verify` on a GPU.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from hola_kernels import KernelError, gated_delta_rule
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+if not INTERPRETED:
+    def test_under_the_interpreter():
+        pytest.importorskip("triton")
+        environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+        done = subprocess.run([sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", __file__],
+                              env=environment, capture_output=True, text=True, timeout=500, check=False)
+        assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
+
+    def test_without_the_interpreter_the_cpu_is_refused_by_name():
+        x = torch.randn(1, 4, 1, 64)
+        with pytest.raises(KernelError, match="TRITON_INTERPRET"):
+            gated_delta_rule(q=x, k=x, v=x, log_decay=-x[..., 0] ** 2, beta=x[..., 0].sigmoid(), backend="triton")
+else:
+    from hola_kernels.gated_delta import triton_layout
+    from hola_kernels.gated_delta.verify_cases import KINDS, limit, measure
+
+    @pytest.mark.parametrize("kind", KINDS)
+    def test_all_outputs_and_gradients_match_the_definition(kind):
+        check(KINDS[kind] | {"cuts": tuple(min(cut, 130) for cut in KINDS[kind]["cuts"])})
+
+    @pytest.mark.parametrize("length", [1, 63, 64, 65])
+    def test_lengths_around_a_chunk(length):
+        check({"cuts": (0, length), "decay": 0.01}, heads=1)
+
+    @pytest.mark.parametrize(("key", "value"), [(64, 128), (128, 64), (256, 64)])
+    def test_unequal_dimensions(key, value):
+        check({"cuts": (0, 70), "decay": 0.01}, heads=1, key=key, value=value)
+
+    def test_half_precision():
+        check({"cuts": (0, 100), "decay": 0.01}, dtype=torch.float16)
+
+    def test_only_empty_documents_hand_the_state_on():
+        x = torch.randn(1, 0, 2, 64)
+        state = torch.randn(2, 2, 64, 64)
+        o, score, last = gated_delta_rule(q=x, k=x, v=x, log_decay=x[..., 0], beta=x[..., 0], backend="triton",
+                                          cu_seqlens=torch.tensor([0, 0, 0]), initial_state=state)
+        assert o.shape == x.shape and score.shape == x.shape[:3] and torch.equal(last, state)
+
+    def test_batches_without_a_state_and_inputs_that_are_views():
+        both = torch.randn(2, 40, 1, 128)
+        q, k = both[..., :64], both[..., 64:]
+        rest = {"v": torch.randn(2, 40, 1, 64), "log_decay": -0.1 * torch.rand(2, 40, 1), "beta": torch.rand(2, 40, 1)}
+        found = gated_delta_rule(q=q, k=k, **rest, backend="triton")
+        expected = gated_delta_rule(q=q, k=k, **rest, backend="torch")
+        assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(found, expected, strict=True))
+
+    def test_dimensions_without_kernels_are_named():
+        x = torch.randn(1, 4, 1, 48)
+        with pytest.raises(KernelError, match="K = 48, the gated delta kernels take 64, 128, 256"):
+            gated_delta_rule(q=x, k=x, v=x, log_decay=-x[..., 0] ** 2, beta=x[..., 0].sigmoid(), backend="triton")
+
+    def test_a_layout_is_made_once_for_a_tensor_and_forgotten_with_it():
+        cuts = torch.tensor([0, 0, 100, 101])
+        layout = triton_layout.layout_of(cuts, cuts.device, 1)
+        assert triton_layout.layout_of(cuts, cuts.device, 1) is layout
+        assert layout.chunks.tolist() == [[0, 64], [64, 36], [100, 1]]
+        assert layout.spans.tolist() == [[0, 0, 0], [0, 64, 0], [64, 100, 1], [100, 101, 2]]
+        assert layout.segment_spans.tolist() == [[0, 1], [1, 2], [3, 1]]
+        known = len(triton_layout._layouts)
+        del cuts
+        assert len(triton_layout._layouts) == known - 1
+
+    def check(kind, *, dtype=torch.float32, key=64, value=64, heads=2):
+        errors = measure(dtype=dtype, key=key, value=value, heads=heads, device="cpu", **kind)
+        name = f"gated_delta {str(dtype).removeprefix('torch.')}"
+        wrong = {output: error for output, error in errors.items() if not error < limit(name, output)}
+        assert len(errors) == 9 and not wrong

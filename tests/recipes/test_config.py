@@ -1,0 +1,102 @@
+"""Recipes: what is refused and how it is said; what the shipped ones hold."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from hola_megatron.config import build_recipe, check_recipe, describe_fields, load_recipe
+from hola_megatron.errors import RecipeError
+
+RECIPES = sorted((Path(__file__).parent.parent.parent / "recipes").glob("*.yaml"))
+TINY = RECIPES[0].parent / "hola_tiny.yaml"
+
+
+def refused(*overrides: str) -> list[str]:
+    with pytest.raises(RecipeError) as error:
+        load_recipe(TINY, list(overrides))
+    assert error.value.exit_code == 2
+    return error.value.problems
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda p: p.stem)
+def test_shipped_recipes_load_and_are_named_after_their_file(path):
+    recipe = load_recipe(path)
+    assert recipe.name == path.stem
+    assert check_recipe(recipe, world_size=8) == [] or recipe.name == "hola_tiny"
+
+
+def test_every_field_is_described():
+    rows = describe_fields()
+    assert len(rows) > 60
+    assert [key for key, _, text in rows if not text] == []
+
+
+def test_overrides_change_values_and_aliases_work():
+    recipe = load_recipe(TINY, ["train.lr=3e-4", "model.cache.slots=8", "data.valid=null", "parallel.overlap=false"])
+    assert recipe.train.learning_rate == 3e-4
+    assert recipe.model.cache.slots == 8 and recipe.data.valid is None and recipe.parallel.overlap is False
+
+
+def test_unknown_keys_are_named_with_the_nearest_known_one():
+    assert refused("train.leaning_rate=1") == [
+        "train.leaning_rate: no such key (did you mean train.learning_rate?)"]
+    assert refused("model.cache.slot=3") == ["model.cache.slot: no such key (did you mean model.cache.slots?)"]
+    assert refused("zzz=3") == ["zzz: no such key"]
+
+
+def test_all_problems_come_at_once():
+    problems = refused("train.leaning_rate=1", "model.layers=none", "train.schedule=linear", "model.heads=0", "bad")
+    assert len(problems) == 5
+    text = "\n".join(problems)
+    for part in ("train.leaning_rate", "model.layers: 'none'", "train.schedule: 'linear'", "'cosine' or 'constant'",
+                 "model.heads: 0", "greater than or equal to 1", "'bad': an override is written"):
+        assert part in text
+
+
+@pytest.mark.parametrize(("override", "path"), [
+    ("model.layers=true", "model.layers"), ("model.layers=2.5", "model.layers"), ("model.pattern=HX", "model.pattern"),
+    ("train.beta2=1.0", "train.beta2"), ("parallel.sequence=1", "parallel.sequence"), ("name=a/b", "name"),
+    ("train.steps=-1", "train.steps"), ("data.train=[{pth: x}]", "data.train.0.path"), ("data.train=7", "data.train"),
+    ("model.cache=3", "model.cache"), ("train.learning_rate=.nan", "train.learning_rate"),
+    ("train.learning_rate=.inf", "train.learning_rate")])
+def test_wrong_values_are_refused_not_changed(override, path):
+    assert any(problem.startswith(f"{path}:") for problem in refused(override)), refused(override)
+
+
+@pytest.mark.parametrize(("overrides", "said"), [
+    (["parallel.tensor=4"], "model.heads: 2 is not a multiple of 4"),
+    (["parallel.sequence=true"], "parallel.sequence: true needs parallel.tensor of at least 2"),
+    (["parallel.pipeline=3"], "model.layers: 4 is not a multiple of 3"),
+    (["train.warmup_steps=5000"], "train.warmup_steps: 5000 is more than"),
+    (["parallel.virtual_pipeline=2"], "parallel.virtual_pipeline: needs parallel.pipeline"),
+    (["model.vocab_size=265", "parallel.tensor=2"], "model.vocab_size: 265 is not a multiple of 2"),
+    (["train.min_learning_rate=1.0"], "train.min_learning_rate: 1.0 is above")])
+def test_sizes_that_do_not_divide_are_named(overrides, said):
+    assert any(said in problem for problem in refused(*overrides)), refused(*overrides)
+
+
+def test_number_of_processes_must_fit():
+    recipe = load_recipe(TINY, ["parallel.tensor=2"])
+    assert "does not divide the 3 processes" in check_recipe(recipe, world_size=3)[0]
+    assert "train.global_batch_size" in check_recipe(load_recipe(TINY, ["train.global_batch_size=12"]), world_size=4)[0]
+
+
+@pytest.mark.parametrize(("text", "said"), [
+    ("a: [", "not valid YAML"), ("- 1", "a recipe is a mapping"), ("base: nothing.yaml\nname: x", "no such recipe"),
+    ("base: self.yaml", "leads back to itself"), ("base: 3", "must be the file name")])
+def test_files_that_are_no_recipe(text, said, tmp_path):
+    (tmp_path / "self.yaml").write_text(text)
+    with pytest.raises(RecipeError, match=said):
+        load_recipe(tmp_path / "self.yaml")
+
+
+def test_a_mistyped_path_is_met_with_the_nearest_recipe():
+    with pytest.raises(RecipeError, match=r"did you mean .*hola_tiny\.yaml"):
+        load_recipe(TINY.parent / "hola_tinny.yaml")
+
+
+def test_a_recipe_survives_being_written_and_read():
+    recipe = load_recipe(TINY)
+    assert build_recipe(recipe.to_dict()) == recipe

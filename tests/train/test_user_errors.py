@@ -1,0 +1,114 @@
+"""What a user can get wrong, at the real program: one line, the right exit code, nothing lost."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from helpers import run_program, write_recipe
+
+pytestmark = pytest.mark.distributed
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, text_data) -> Path:
+    """A folder with recipe.yaml and a run of two steps."""
+    folder = tmp_path_factory.mktemp("finished")
+    recipe = write_recipe(folder / "recipe.yaml", text_data / "train", run_dir=str(folder / "run"), train__steps=2)
+    assert run_program(["-m", "hola_megatron.train", str(recipe)], folder / "log.txt").code == 0
+    return folder
+
+
+def attempt(folder: Path, *arguments: str, ranks: int = 0) -> tuple[int, str]:
+    done = run_program(["-m", "hola_megatron.train", str(folder / "recipe.yaml"), *arguments], folder / "log.txt",
+                       ranks=ranks)
+    assert "Traceback" not in done.output, done.output
+    return done.code, done.output
+
+
+@pytest.fixture
+def copy(finished, tmp_path) -> Path:
+    shutil.copytree(finished / "run", tmp_path / "run")
+    text = (finished / "recipe.yaml").read_text().replace(str(finished), str(tmp_path))
+    (tmp_path / "recipe.yaml").write_text(text)
+    return tmp_path
+
+
+def test_bad_recipe_is_code_2_on_every_rank_and_said_once(copy):
+    code, said = attempt(copy, "train.stps=3", ranks=2)
+    assert code == 2
+    assert said.count("train.stps: no such key (did you mean train.steps?)") == 1
+
+
+def test_processes_that_do_not_fit(copy):
+    code, said = attempt(copy, "parallel.tensor=2")
+    assert code == 2 and "does not divide the 1 processes" in said
+
+
+def test_empty_data_folder(copy):
+    (copy / "empty").mkdir()
+    code, said = attempt(copy, f"data.train={copy / 'empty'}", f"run_dir={copy / 'other'}")
+    assert code == 3 and str(copy / "empty") in said
+
+
+def test_damaged_shard(copy, text_data):
+    shutil.copytree(text_data / "train", copy / "data")
+    shard = next((copy / "data").glob("shard.*.mds"))
+    data = bytearray(shard.read_bytes())
+    data[len(data) // 2] ^= 1
+    shard.write_bytes(data)
+    code, said = attempt(copy, f"data.train={copy / 'data'}", f"run_dir={copy / 'other'}")
+    assert code == 3 and shard.name in said
+
+
+def test_tokenizer_mismatch(copy, text_data):
+    shutil.copytree(text_data / "train", copy / "data")
+    about = json.loads((copy / "data/dataset.json").read_text())
+    about["tokenizer"]["sha256"] = "0" * 64
+    (copy / "data/dataset.json").write_text(json.dumps(about))
+    code, said = attempt(copy, f"data.train={copy / 'data'}", f"run_dir={copy / 'other'}")
+    assert code == 3 and "tokenizer" in said
+
+
+def test_sequence_length_of_data_and_recipe_differ(copy):
+    code, said = attempt(copy, "train.sequence_length=128", f"run_dir={copy / 'other'}")
+    assert code == 3 and "prepare the text again with --sequence-length" in said
+
+
+def test_a_changed_recipe_does_not_silently_go_on(copy):
+    code, said = attempt(copy, "train.learning_rate=1e-4", "train.steps=4")
+    assert code == 2
+    assert "train.learning_rate: was 0.003" in said and "train.steps: was 2" in said and "--allow-change" in said
+    code, said = attempt(copy, "train.learning_rate=1e-4", "train.steps=4", "--allow-change")
+    assert code == 0 and "resuming at step 2" in said
+
+
+def test_checkpoints_that_are_all_damaged_stop_the_run(copy):
+    weights = next((copy / "run/checkpoints/step_00000002").glob("weights*"))
+    weights.write_bytes(weights.read_bytes()[:-4])
+    code, said = attempt(copy)
+    assert code == 2
+    assert weights.name in said and "no checkpoint of this run is usable" in said
+    code, said = attempt(copy, "--new", "train.steps=2")
+    assert code == 0 and "new run" in said
+    assert (copy / "run.old-1/checkpoints/step_00000002").is_dir()
+
+
+def test_a_checkpoint_of_another_model(copy):
+    code, said = attempt(copy, "model.mlp_hidden_size=96", "--allow-change")
+    assert code == 2 and "belongs to another model" in said and "mlp" in said
+
+
+def test_a_finished_run_is_left_alone(copy):
+    code, said = attempt(copy)
+    assert code == 0 and "finished: 2 steps" in said
+
+
+def test_diverging_stops_with_code_4_and_names_the_samples(copy):
+    code, said = attempt(copy, "train.learning_rate=1e30", "train.steps=20", "train.warmup_steps=0",
+                         "train.max_bad_steps=1", f"run_dir={copy / 'bad'}")
+    assert code == 4
+    assert "skipped | step" in said and "non-finite loss or gradient" in said
+    assert json.loads((copy / "bad/diverged.json").read_text())["samples"][1] > 0
