@@ -1,15 +1,19 @@
-"""Silence what Megatron-core says about packages a run does not need.
+"""Imported first by every entry point: makes other packages' imports quiet, and safe.
 
-Imported first by every entry point. What a user must know is in our own banner, which says
-which implementation runs and why.
+Megatron-core warns of every package a run does not need; what a user must know is in our own
+banner, which says which implementation runs and why. And a script in tools/ has that folder
+first on its path, where tools/profile.py would hide the standard library's `profile`.
 """
 
 from __future__ import annotations
 
 import logging
 import os
+import sys
 import warnings
 
+if os.path.basename(sys.path[0]) == "tools" and os.path.exists(os.path.join(sys.path[0], "profile.py")):
+    sys.path.pop(0)
 warnings.filterwarnings("ignore", module=r"megatron\..*")
 warnings.filterwarnings("ignore", message=r".*full scope is deprecated.*")
 warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed\..*")

@@ -73,7 +73,7 @@ def _refuse_changes(recipe: Recipe, checkpoint: Checkpoint, data_fingerprint: st
     problems = [f"{key}: was {before.get(key)!r} when {checkpoint.path} was saved, now {now.get(key)!r}"
                 for key in sorted(before | now) if before.get(key) != now.get(key) and not key.startswith(FREE)]
     was = checkpoint.manifest.get("data_fingerprint")
-    if was != data_fingerprint:
+    if was is not None and was != data_fingerprint:  # None: imported weights that have read no data yet
         problems.append(f"data.train: the data differ from those of {checkpoint.path} (fingerprint {str(was)[:12]}, "
                         f"now {data_fingerprint[:12]})")
     if problems:

@@ -18,8 +18,8 @@ import hola_kernels
 
 PACKAGE = "hola_kernels"
 REPLACED = f"{PACKAGE}.backend"
-PUBLIC = ("HolaState", "KernelError", "gated_delta_rule", "gated_rms_norm", "hola_attention", "hola_attention_step",
-          "short_conv", "short_conv_step")
+PUBLIC = ("HolaState", "KernelError", "gated_delta_rule", "gated_delta_step", "gated_rms_norm", "hola_attention",
+          "hola_attention_step", "short_conv", "short_conv_step")
 
 HEADER = '''"""The operations of a HOLA layer in plain PyTorch, as one module.
 

@@ -30,6 +30,7 @@ try:
     from hola_kernels import (
         HolaState,
         gated_delta_rule,
+        gated_delta_step,
         gated_rms_norm,
         hola_attention,
         hola_attention_step,
@@ -40,6 +41,7 @@ except ImportError:  # the same code, bundled with the export
     from .hola_ops import (
         HolaState,
         gated_delta_rule,
+        gated_delta_step,
         gated_rms_norm,
         hola_attention,
         hola_attention_step,
@@ -126,7 +128,7 @@ class HolaDeltaMixer(nn.Module):
         decoding = memory is not None and padding is None and x.shape[1] == 1 and not torch.is_grad_enabled()
         cuts = None if padding is None else padding.cuts
         tokens = self._tokens(x, cuts, memory, decoding)
-        o = self._mix_one(tokens, memory) if decoding and self.exact_cache else self._mix(tokens, cuts, memory)
+        o = self._mix_one(tokens, memory) if decoding else self._mix(tokens, cuts, memory)
         gate = self.g_proj(x).unflatten(-1, (-1, self.config.value_dim))
         normed = gated_rms_norm(x=o, gate=gate, weight=self.o_norm.weight, eps=self.config.norm_eps,
                                 backend=self.config.backend)
@@ -171,15 +173,21 @@ class HolaDeltaMixer(nn.Module):
             memory.map(Tensor.detach)
         return o
 
-    @torch.no_grad()
     def _mix_one(self, tokens: dict[str, Tensor], memory: DeltaMemory) -> Tensor:
-        """One token of an H layer: o [B, 1, H, V]."""
-        config, v = self.config, tokens["v"]
-        if memory.state is None:
-            memory.state = HolaState.empty(v.shape[0], v.shape[2], config.key_dim, config.value_dim, dtype=v.dtype,
-                                           block=config.cache_block, slots=config.cache_slots, device=v.device)
+        """One token of every sequence: o [B, 1, H, V]."""
         one = {name: x[:, 0] for name, x in tokens.items()}
-        return hola_attention_step(**one, **self._cache_arguments(), state=memory.state)[:, None]
+        if memory.state is None:
+            memory.state = self._empty_state(one["v"])
+        if self.exact_cache:
+            return hola_attention_step(**one, **self._cache_arguments(), state=memory.state)[:, None]
+        o, _ = gated_delta_step(**one, state=memory.state)
+        return o.to(one["v"].dtype)[:, None]
+
+    def _empty_state(self, v_BHV: Tensor) -> HolaState | Tensor:
+        config = self.config
+        state = HolaState.empty(v_BHV.shape[0], config.num_heads, config.key_dim, config.value_dim, dtype=v_BHV.dtype,
+                                block=config.cache_block, slots=config.cache_slots, device=v_BHV.device)
+        return state if self.exact_cache else state.state
 
     def _cache_arguments(self) -> dict[str, Any]:
         return {"gamma_q": self.gamma_q, "gamma_k": self.gamma_k, "gate": self.gate,

@@ -11,7 +11,7 @@ backward. Not counted: padding, recompute, norms, selection.
 
 from __future__ import annotations
 
-from hola_megatron.config import ModelConfig
+from hola_megatron.config import ModelConfig, Recipe
 
 # dense bf16 peaks by the vendor's datasheets, TFLOP/s
 PEAK_TFLOPS = {"NVIDIA H100 80GB HBM3": 989.4, "NVIDIA H100 PCIe": 756.0, "NVIDIA H200": 989.4,
@@ -53,3 +53,12 @@ def peak_flops(device_name: str, given_tflops: float | None) -> float | None:
     """Peak FLOP/s for MFU: what the recipe gives, else the datasheet's; None for a device nobody told us about."""
     tflops = given_tflops or PEAK_TFLOPS.get(device_name)
     return tflops * 1e12 if tflops else None
+
+
+def executed_flops_per_token(recipe: Recipe) -> float:
+    """What the hardware does a token, for HFU: the model's work, and a second forward under full recompute."""
+    useful = flops_per_token(recipe.model, recipe.train.sequence_length)
+    if recipe.train.recompute == "none":
+        return useful
+    output = 6.0 * recipe.model.hidden_size * recipe.model.vocab_size
+    return useful + (useful - output) / 3

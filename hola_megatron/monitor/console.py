@@ -35,7 +35,7 @@ def rate(value: float) -> str:
 
 
 def step_line(row: dict[str, Any], steps: int, memory_total: float) -> str:
-    """`step 4,000/28,610 14.0% | loss 2.9131 | gnorm 0.410 | lr 3.9e-4 | 1.31M tok/s | MFU 38.2% | mem 61/80 GB | eta ...`"""
+    """One line: `step 4,000/28,610 14.0% | loss 2.9131 | gnorm 0.410 | lr 3.9e-4 | 1.31M tok/s | MFU 38.2% | ...`."""
     mfu = "MFU n/a" if row["mfu"] is None else f"MFU {100 * row['mfu']:.1f}%"
     return " | ".join([
         f"step {row['step']:,}/{steps:,} {100 * row['step'] / steps:.1f}%", f"loss {row['loss']:.4f}",

@@ -20,7 +20,7 @@ class Metrics:
 
     def __init__(self, recipe: Recipe, folder: Path, from_step: int):
         self.path = folder / "metrics.jsonl"
-        _drop_rows_after(self.path, from_step)
+        drop_rows_after(self.path, from_step)
         self._file = self.path.open("a", encoding="utf-8")
         self._board = _open_tensorboard(folder, from_step) if recipe.log.tensorboard else None
         self._wandb = _open_wandb(recipe, folder) if recipe.log.wandb_project else None
@@ -64,7 +64,8 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def _drop_rows_after(path: Path, step: int) -> None:
+def drop_rows_after(path: Path, step: int) -> None:
+    """Leave out rows of steps that will be run again."""
     rows = [row for row in read_rows(path) if row["step"] <= step]
     temporary = path.with_suffix(".tmp")
     temporary.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")

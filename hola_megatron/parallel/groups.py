@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import logging
 import os
 from dataclasses import dataclass
 
@@ -62,6 +63,8 @@ def start(recipe: Recipe) -> Layout:
             context_parallel_size=recipe.parallel.context,
             distributed_timeout_minutes=max(1, round(recipe.parallel.timeout_minutes)))
     model_parallel_cuda_manual_seed(recipe.train.seed)
+    if dist.get_rank():
+        logging.getLogger("hola_kernels").setLevel(logging.ERROR)  # rank 0 says which kernels run
     return Layout(
         rank=dist.get_rank(), world=dist.get_world_size(),
         tensor_rank=parallel_state.get_tensor_model_parallel_rank(), tensor=recipe.parallel.tensor,

@@ -18,7 +18,8 @@ from hola_kernels.checks import check_memory, check_tokens, segments_of
 from hola_kernels.errors import KernelError
 from hola_kernels.exact_cache import exact_read
 from hola_kernels.gated_delta import gated_delta_rule
-from hola_kernels.norms import compute_dtype, l2_normalize, read_normalize
+from hola_kernels.gated_delta.step import gated_delta_step
+from hola_kernels.norms import compute_dtype, read_normalize
 from hola_kernels.state import HolaState
 
 SCORES = ("betae", "e", "betav", "recency", "random")
@@ -67,15 +68,10 @@ def hola_attention_step(*, q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, b
     """
     _check_choices(score, read_norm)
     wide, out_dtype = compute_dtype(v), v.dtype
-    q, k, v, beta_wide = q.to(wide), k.to(wide), v.to(wide), beta.to(wide)
-    unit_q, unit_k = l2_normalize(q), l2_normalize(k)
-    decayed = log_decay.to(wide).exp()[..., None, None] * state.state
-    residual = v - (decayed * unit_k[..., None]).sum(-2)
-    state.state.copy_(decayed + (beta_wide[..., None] * unit_k)[..., None] * residual[..., None, :])
-    o_state = (state.state * unit_q[..., None]).sum(-2) * q.shape[-1] ** -0.5
-    written = beta_wide * residual.norm(dim=-1)
+    q, k, v, beta = q.to(wide), k.to(wide), v.to(wide), beta.to(wide)
+    o_state, written = gated_delta_step(q=q, k=k, v=v, log_decay=log_decay, beta=beta, state=state.state)
     cuts = torch.arange(q.shape[0] + 1, device=q.device)
-    rank = _rank_tokens(score, written[:, None], v[:, None], beta_wide[:, None], cuts, state)[:, 0]
+    rank = _rank_tokens(score, written[:, None], v[:, None], beta[:, None], cuts, state)[:, 0]
     _append(state, k, v, rank)
     o_cache = _read_step(q, gamma_q, gamma_k, sink, read_norm, state)
     _close_full_blocks(state)

@@ -41,7 +41,7 @@ def registered(kernel: str) -> dict[tuple, Launch]:
 DIMENSIONS = (64, 128, 256)
 for _k in DIMENSIONS:
     for _bytes in (2, 4):
-        register("gated_delta_prepare", {(_k, _bytes): Launch(0, 4, 1)})
+        register("gated_delta_prepare", {(_k, _bytes): Launch(64, 4, 2)})
         for _v in DIMENSIONS:
             _walk = Launch(min(_v, 128), 8, 2) if _bytes == 2 and _v > 64 else Launch(64, 4, 1)
             for _name in ("forward", "states", "backward"):

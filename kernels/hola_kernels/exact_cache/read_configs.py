@@ -26,34 +26,53 @@ def read_refusal(k: Tensor, v: Tensor) -> str | None:
 
 @dataclass(frozen=True)
 class Tile:
-    """rows, columns: of a tile of queries by keys; staged: scaled queries pass through memory, not registers."""
+    """rows, columns: of a tile of queries by keys; registers: the most a thread may take, so that more
+    programs share a multiprocessor; staged: scaled queries pass through memory, not registers.
+    """
 
     rows: int
     columns: int
     warps: int
     stages: int
+    registers: int | None = None
     staged: bool = False
+
+    @property
+    def launch(self) -> dict[str, int]:
+        """Triton's launch options."""
+        capped = {} if self.registers is None else {"maxnreg": self.registers}
+        return {"num_warps": self.warps, "num_stages": self.stages, **capped}
 
 
 @dataclass(frozen=True)
 class ReadConfig:
-    """forward and query_gradient own queries and walk over keys; key_gradient owns keys and walks over queries."""
+    """pair_gradient and query_gradient have the same columns; a pair_gradient's rows are a multiple of
+    key_gradient's columns, whose rows are at most its columns: no kernel reads a tile that was not written.
+    """
 
     forward: Tile
+    pair_gradient: Tile
     query_gradient: Tile
     key_gradient: Tile
 
+    def __post_init__(self) -> None:
+        if (self.pair_gradient.columns != self.query_gradient.columns
+                or self.pair_gradient.rows % self.query_gradient.rows
+                or self.pair_gradient.rows % self.key_gradient.columns
+                or self.key_gradient.rows > self.key_gradient.columns):
+            raise ValueError(f"tiles of {self} do not fit each other")
 
-INTERPRETER = ReadConfig(Tile(16, 16, 1, 1), Tile(16, 16, 1, 1), Tile(16, 16, 1, 1))
+
+INTERPRETER = ReadConfig(*(Tile(16, 16, 1, 1) for _ in range(4)))
 
 # by (16-bit inputs, wider of K and V); widths below 64 take the entry of 64
 TABLE = {
-    (True, 256): ReadConfig(Tile(128, 64, 8, 2), Tile(128, 32, 8, 2), Tile(64, 64, 4, 2)),
-    (True, 128): ReadConfig(Tile(128, 64, 8, 2), Tile(128, 64, 8, 2), Tile(64, 64, 4, 3)),
-    (True, 64): ReadConfig(Tile(128, 64, 4, 2), Tile(128, 64, 8, 2), Tile(64, 64, 4, 3)),
-    (False, 256): ReadConfig(Tile(64, 32, 8, 1), Tile(32, 32, 8, 1), Tile(32, 32, 8, 1)),
-    (False, 128): ReadConfig(Tile(64, 32, 8, 1), Tile(64, 32, 8, 1), Tile(64, 32, 8, 1)),
-    (False, 64): ReadConfig(Tile(64, 32, 8, 1), Tile(64, 32, 8, 1), Tile(64, 32, 8, 1)),
+    (True, 256): ReadConfig(Tile(128, 64, 8, 2, staged=True), Tile(128, 64, 8, 3), Tile(64, 64, 4, 2), Tile(64, 64, 4, 2)),
+    (True, 128): ReadConfig(Tile(64, 64, 4, 2, staged=True), Tile(128, 64, 8, 3), Tile(64, 64, 4, 2), Tile(64, 64, 4, 2)),
+    (True, 64): ReadConfig(Tile(128, 64, 4, 2), Tile(128, 64, 8, 2), Tile(64, 64, 4, 2), Tile(64, 64, 4, 2)),
+    (False, 256): ReadConfig(Tile(64, 32, 8, 1), Tile(64, 32, 8, 1), Tile(32, 32, 8, 1), Tile(32, 32, 8, 1)),
+    (False, 128): ReadConfig(Tile(64, 32, 8, 1), Tile(64, 32, 8, 1), Tile(64, 32, 8, 1), Tile(32, 32, 8, 1)),
+    (False, 64): ReadConfig(Tile(64, 32, 8, 1), Tile(64, 32, 8, 1), Tile(64, 32, 8, 1), Tile(32, 32, 8, 1)),
 }
 
 

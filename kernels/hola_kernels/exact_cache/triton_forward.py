@@ -5,8 +5,8 @@ of cached slots (gathered rows), then the block's own tokens. One program owns `
 of one block and head and walks over the tiles it can see with an online softmax.
 
 The two norms are folded into the dot: with u = x * r (r the inverse norm of a row),
-    logit_ij = K^-1/2 (gamma_q gamma_k u_i) . u_j = (q'_i . k_j) r_j,
-so keys go to the tensor cores as they lie in memory, and r_j scales a column of the logits.
+    logit_ij = K^-1/2 (gamma_q gamma_k u_i) . u_j = K^-1/2 r_i r_j (gamma_q gamma_k q_i) . k_j,
+so keys go to the tensor cores as they lie in memory, and r_i, r_j scale the logits.
 
 Work for (B, T, H, C, w) = (16, 2048, 4, 256, 64), K = V = 256, bf16: 224 of 320 places a query
 after tiling (184 exact), 4 * 224 * 256 FLOP a query and head = 30 GFLOP; HBM 67 MB each for q, k,
@@ -21,7 +21,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from hola_kernels.exact_cache.read_configs import read_config
+from hola_kernels.exact_cache.read_configs import Tile
 from hola_kernels.norms import RMS_EPS
 from hola_kernels.unit_table import UnitTable
 
@@ -36,18 +36,6 @@ def _inverse_norm_kernel(x_ptr, norm_ptr, total, H, stride, mean, D: tl.constexp
     at = (row // H).to(tl.int64) * stride + (row % H) * D
     x = tl.load(x_ptr + at[:, None] + tl.arange(0, D)[None, :], mask=(row < total)[:, None], other=0.0).to(tl.float32)
     tl.store(norm_ptr + row, tl.rsqrt(tl.sum(x * x, 1) * mean + EPS), mask=row < total)
-
-
-@triton.jit
-def _row_dots(a_ptr, b_ptr, a_at, b_at, is_row, D: tl.constexpr, ROWS: tl.constexpr, CHUNK: tl.constexpr):
-    """[ROWS] float32 sums of a * b over D columns, a few columns at a time: a whole tile would spill registers."""
-    total = tl.zeros((ROWS,), tl.float32)
-    d_C = tl.arange(0, CHUNK)
-    for d in tl.static_range(0, D, CHUNK):
-        a = tl.load(a_ptr + a_at[:, None] + (d + d_C)[None, :], mask=is_row[:, None], other=0.0).to(tl.float32)
-        b = tl.load(b_ptr + b_at[:, None] + (d + d_C)[None, :], mask=is_row[:, None], other=0.0).to(tl.float32)
-        total += tl.sum(a * b, 1)
-    return total
 
 
 @triton.jit
@@ -77,17 +65,18 @@ def _read_forward_kernel(q_ptr, k_ptr, v_ptr, key_norm_ptr, gamma_q_ptr, gamma_k
         dtype = k_ptr.dtype.element_ty
 
         gamma = tl.load(gamma_q_ptr + d_K).to(tl.float32) * tl.load(gamma_k_ptr + d_K).to(tl.float32)
-        q_at = row_R * q_stride + h * K
-        q_norm = tl.rsqrt(_row_dots(q_ptr, q_ptr, q_at, q_at, is_row, K, ROWS, K if K < 64 else 64) * mean + EPS)
+        q = tl.load(q_ptr + (row_R * q_stride + h * K)[:, None] + d_K[None, :], mask=is_row[:, None], other=0.0)
+        q = q.to(tl.float32)
+        q_norm = tl.rsqrt(tl.sum(q * q, 1) * mean + EPS)
         tl.store(query_norm_ptr + row_R * H + h, q_norm, mask=is_row)
-        q = tl.load(q_ptr + q_at[:, None] + d_K[None, :], mask=is_row[:, None], other=0.0).to(tl.float32)
-        q = (q * (q_norm * (scale * LOG2E))[:, None] * gamma[None, :]).to(dtype)
+        q = (q * gamma[None, :]).to(dtype)
         if STAGED:  # a tile that was computed stays in registers as an operand, one that was loaded does not
             staged_at = staged_ptr + (row_R * H + h)[:, None] * K + d_K[None, :]
             tl.store(staged_at, q, mask=is_row[:, None])
             tl.debug_barrier()
             q = tl.load(staged_at, mask=is_row[:, None], other=0.0)
 
+        q_norm = q_norm * (scale * LOG2E)
         if SINK:
             highest = tl.zeros((ROWS,), tl.float32) + tl.load(sink_ptr + h).to(tl.float32) * LOG2E
             total = tl.zeros((ROWS,), tl.float32) + 1.0
@@ -109,7 +98,7 @@ def _read_forward_kernel(q_ptr, k_ptr, v_ptr, key_norm_ptr, gamma_q_ptr, gamma_k
             k = tl.load(k_ptr + row_C[:, None] * k_stride + h * K + d_K[None, :], mask=seen[:, None], other=0.0)
             v = tl.load(v_ptr + row_C[:, None] * v_stride + h * V + d_V[None, :], mask=seen[:, None], other=0.0)
             key_norm = tl.load(key_norm_ptr + row_C * H + h, mask=seen, other=0.0)
-            logit = tl.dot(q, tl.trans(k), input_precision=PRECISION) * key_norm[None, :]
+            logit = tl.dot(q, tl.trans(k), input_precision=PRECISION) * q_norm[:, None] * key_norm[None, :]
             visible = seen[None, :] & (cached | (place_C[None, :] <= place_R[:, None]))
             logit = tl.where(visible, logit, float("-inf"))
             new_highest = tl.maximum(highest, tl.max(logit, 1))
@@ -122,7 +111,7 @@ def _read_forward_kernel(q_ptr, k_ptr, v_ptr, key_norm_ptr, gamma_q_ptr, gamma_k
             o = tl.dot(weight.to(dtype), v, o, input_precision=PRECISION)
             highest = new_highest
 
-        o = o / total[:, None]
+        o = o * (1.0 / total)[:, None]
         at_H = row_R * H + h
         tl.store(lse_ptr + at_H, highest + tl.log2(total), mask=is_row)
         at = at_H[:, None] * V + d_V[None, :]
@@ -146,15 +135,14 @@ def launch_inverse_norms(*, x_MHD: Tensor, mean: float) -> Tensor:
 
 def launch_read_forward(*, q_MHK: Tensor, k_RHK: Tensor, v_RHV: Tensor, key_norm_RH: Tensor, gamma_q: Tensor,
                         gamma_k: Tensor, sink_H: Tensor | None, gate_H: Tensor | None, o_state_MHV: Tensor | None,
-                        slots_UHw: Tensor, units: UnitTable, mean: float, incoming: bool,
-                        config=None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+                        slots_UHw: Tensor, units: UnitTable, mean: float, incoming: bool, tile: Tile,
+                        ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(y, o_cache, lse, inverse norms of q): y = o_state + sigmoid(gate) * o_cache, or o_cache itself without a gate.
 
     Rows R of k and v: the M tokens, and behind them any rows that `slots` may name.
     """
     tokens, heads, key_dim = q_MHK.shape
     value_dim, slots = v_RHV.shape[2], slots_UHw.shape[2]
-    tile = (config or read_config(key_dim, value_dim, k_RHK.dtype, k_RHK.device)).forward
     o_cache = torch.empty(tokens, heads, value_dim, dtype=v_RHV.dtype, device=q_MHK.device)
     lse_MH = torch.empty(tokens, heads, dtype=torch.float32, device=q_MHK.device)
     query_norm_MH = torch.empty_like(lse_MH)
@@ -169,5 +157,5 @@ def launch_read_forward(*, q_MHK: Tensor, k_RHK: Tensor, v_RHV: Tensor, key_norm
         query_norm_MH, staged_MHK, q_MHK.stride(0), k_RHK.stride(0), v_RHV.stride(0), o_state_MHV.stride(0) if combine else 0, heads, slots,
         mean, key_dim**-0.5, K=key_dim, V=value_dim, ROWS=tile.rows, COLUMNS=tile.columns,
         SLOT_TILES=triton.cdiv(slots, tile.columns), ROW_TILES=row_tiles, SINK=sink_H is not None, COMBINE=combine,
-        INCOMING=incoming, STAGED=tile.staged, PRECISION="tf32x3", num_warps=tile.warps, num_stages=tile.stages)
+        INCOMING=incoming, STAGED=tile.staged, PRECISION="tf32x3", **tile.launch)
     return y, o_cache, lse_MH, query_norm_MH

@@ -1,16 +1,15 @@
-"""Exact read, backward, second pass: dk and dv of every token, from every block that saw it.
+"""Exact read, backward: dk and dv of every token, from every block that saw it.
 
-    dv_j = s sum_i P_ij dy_i          du_j = K^-1/2 gamma sum_i (dS_ij r_i) q_i       (r_i the query's inverse norm)
-The sums over i are plain products of what the first pass wrote with dy and q as they lie in memory.
-A token is read by its own block and, while it is cached, by a run of later blocks. No float
-atomics: three steps in a fixed order,
+    dv_j = s sum_i P_ij dy_i          dk_j = g_j - k_j (mean r_j^2 g_j . k_j),   g_j = K^-1/2 gamma sum_i D_ij q_i
+with P and D of `triton_pair_gradient`. A token is read by its own block and, while it is cached,
+by a run of later blocks. No float atomics: three steps in a fixed order,
 
     slot sums    per block and slot, the sum over the block's queries     -> parts [U, H, w, D]
     run sums     the part where a token enters its first cache takes in the parts of the rest of its run
-    own sums     the sum over the own block's queries + the run's part, through the norm for keys
+    own sums     the sum over the own block's queries + the run's part, keys then through their norm
 
-Work for (16, 2048, 4, 256, 64), K = V = 256, bf16: 30 GFLOP; HBM reads P, dS (116 MB), dy, q, k (201
-MB), writes dk, dv (134 MB), parts 34 MB written, read and partly rewritten: floor 0.12 ms.
+Work for (16, 2048, 4, 256, 64), K = V = 256, bf16: 30 GFLOP; HBM reads P, D (116 MB), dy, q, k (201
+MB), writes dk, dv (134 MB), parts 67 MB written and read: floor 0.13 ms.
 """
 
 from __future__ import annotations
@@ -20,24 +19,25 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from hola_kernels.exact_cache.read_configs import read_config
+from hola_kernels.exact_cache.read_configs import Tile
+from hola_kernels.exact_cache.triton_query_gradient import _through_norm
 from hola_kernels.unit_table import UnitTable
 
 
 @triton.jit
-def _sum_over_queries(acc, scratch_ptr, x_ptr, at, column_C, seen_from_C, start, count, first_row, x_stride, offset,
+def _sum_over_queries(acc, scratch_ptr, x_ptr, at, column_C, start, count, first_row, x_stride, offset,
                       scratch_columns, D: tl.constexpr, ROWS: tl.constexpr, PRECISION: tl.constexpr):
     """acc [COLUMNS, D] += sum over the block's queries from first_row on of scratch[query, column] * x[query].
 
-    A column counts from query seen_from_C on: the first pass wrote no tiles wholly above the diagonal.
+    Columns without a token hold anything: they reach their own row of acc only, which nobody stores.
     """
     d_D = tl.arange(0, D)
     for row in tl.range(first_row, count, ROWS):
         place_R = row + tl.arange(0, ROWS)
         is_row = place_R < count
         part = tl.load(scratch_ptr + at + place_R[:, None] * scratch_columns + column_C[None, :],
-                       mask=is_row[:, None] & (place_R[:, None] >= seen_from_C[None, :]), other=0.0)
-        x = tl.load(x_ptr + (start + place_R).to(tl.int64)[:, None] * x_stride + offset + d_D[None, :],
+                       mask=is_row[:, None], other=0.0)
+        x = tl.load(x_ptr + ((start + place_R).to(tl.int64) * x_stride + offset)[:, None] + d_D[None, :],
                     mask=is_row[:, None], other=0.0)
         acc = tl.dot(tl.trans(part), x, acc, input_precision=PRECISION)
     return acc
@@ -61,8 +61,7 @@ def _slot_sums_kernel(scratch_ptr, x_ptr, units_ptr, part_ptr, x_stride, H, w, s
         column = tile * COLUMNS + tl.arange(0, COLUMNS)
         at = (unit.to(tl.int64) * H + h) * scratch_rows * scratch_columns
         acc = tl.zeros((COLUMNS, D), tl.float32)
-        seen_from = tl.where(column < w, 0, count)
-        acc = _sum_over_queries(acc, scratch_ptr, x_ptr, at, column, seen_from, start, count, 0, x_stride, h * D,
+        acc = _sum_over_queries(acc, scratch_ptr, x_ptr, at, column, start, count, 0, x_stride, h * D,
                                 scratch_columns, D, ROWS, PRECISION)
         out = part_ptr + ((unit.to(tl.int64) * H + h) * w + column)[:, None] * D + tl.arange(0, D)[None, :]
         tl.store(out, acc.to(part_ptr.dtype.element_ty), mask=(column < w)[:, None])
@@ -146,8 +145,8 @@ def _own_sums_kernel(scratch_ptr, x_ptr, part_ptr, slots_ptr, units_ptr, first_u
         is_column = place_C < count
         row_C = (start + place_C).to(tl.int64)
         at = (unit.to(tl.int64) * H + h) * scratch_rows * scratch_columns
-        acc = _sum_over_queries(acc, scratch_ptr, x_ptr, at, own_column + place_C, place_C, start, last,
-                                tile * COLUMNS // ROWS * ROWS, x_stride, h * D, scratch_columns, D, ROWS, PRECISION)
+        acc = _sum_over_queries(acc, scratch_ptr, x_ptr, at, own_column + place_C, start, last,
+                                tile * COLUMNS, x_stride, h * D, scratch_columns, D, ROWS, PRECISION)
         if readers > 0:
             base = (reader.to(tl.int64) * H + h) * w
             slot_S = tl.arange(0, SLOTS)
@@ -160,13 +159,8 @@ def _own_sums_kernel(scratch_ptr, x_ptr, part_ptr, slots_ptr, units_ptr, first_u
         if KEYS:
             gamma = tl.load(gamma_q_ptr + d_D).to(tl.float32) * tl.load(gamma_k_ptr + d_D).to(tl.float32)
             norm = tl.load(key_norm_ptr + row_C * H + h, mask=is_column, other=0.0)
-            acc = acc * (gamma * scale)[None, :]
-            k_at = k_ptr + row_C[:, None] * k_stride + h * D + d_D[None, :]
-            k = tl.load(k_at, mask=is_column[:, None], other=0.0).to(tl.float32)
-            along = tl.sum(acc * k, 1) * norm * norm * mean
-            tl.debug_barrier()  # k is read again rather than kept: with acc it would not fit the registers
-            k = tl.load(k_at, mask=is_column[:, None], other=0.0).to(tl.float32)
-            acc = (acc - k * along[:, None]) * norm[:, None]
+            at = (row_C * k_stride + h * D)[:, None] + d_D[None, :]
+            acc = _through_norm(acc * (gamma * scale)[None, :], k_ptr, at, is_column, norm, mean)
         elif GATED:
             acc = acc * tl.sigmoid(tl.load(gate_ptr + h).to(tl.float32))
         out = out_ptr + (row_C * H + h)[:, None] * D + d_D[None, :]
@@ -175,36 +169,33 @@ def _own_sums_kernel(scratch_ptr, x_ptr, part_ptr, slots_ptr, units_ptr, first_u
         tl.store(out, acc.to(out_ptr.dtype.element_ty), mask=is_column[:, None])
 
 
-def launch_key_gradient(*, q_MHK: Tensor, k_RHK: Tensor, key_norm_RH: Tensor, dy_MHV: Tensor, gamma_q: Tensor, gamma_k: Tensor,
-                        gate_H: Tensor | None, slots_UHw: Tensor, units: UnitTable, weight: Tensor, dlogit: Tensor,
-                        columns: int, mean: float, incoming: bool, dk_RHK: Tensor, dv_RHV: Tensor, add: bool,
-                        config=None) -> None:
-    """Fills (or adds to) dk [R, H, K] and dv [R, H, V] from the first pass; `columns`: its tile width."""
+def launch_key_gradient(*, q_MHK: Tensor, k_RHK: Tensor, key_norm_RH: Tensor, dy_MHV: Tensor, gamma_q: Tensor,
+                        gamma_k: Tensor, gate_H: Tensor | None, slots_UHw: Tensor, units: UnitTable, weight: Tensor,
+                        dlogit: Tensor, own_column: int, mean: float, incoming: bool, dk_RHK: Tensor, dv_RHV: Tensor,
+                        add: bool, tile: Tile) -> None:
+    """Fills (or adds to) dk [R, H, K] and dv [R, H, V]; own_column: where P and D have the block's own tokens."""
     tokens, heads, key_dim = q_MHK.shape
-    value_dim, slots = dv_RHV.shape[2], slots_UHw.shape[2]
-    tile = (config or read_config(key_dim, value_dim, k_RHK.dtype, k_RHK.device)).key_gradient
-    scratch = (weight.shape[2], weight.shape[3])
-    launch = {"num_warps": tile.warps, "num_stages": tile.stages}
-    sides = [(dlogit, q_MHK, dk_RHK, key_dim, True), (weight, dy_MHV, dv_RHV, value_dim, False)]
+    slots, scratch = slots_UHw.shape[2], weight.shape[2:]
+    launch = {"PRECISION": "tf32x3", **tile.launch}
+    sides = [(dlogit, q_MHK, dk_RHK, True), (weight, dy_MHV, dv_RHV, False)]
     parts = []
     slot_tiles = triton.cdiv(slots, tile.columns)
-    for part_scratch, x, _, dim, _ in sides:
-        part = torch.empty(units.units, heads, slots, dim, dtype=k_RHK.dtype, device=k_RHK.device)
+    for pairs, x, out, _ in sides:
+        part = torch.empty(units.units, heads, slots, out.shape[2], dtype=k_RHK.dtype, device=k_RHK.device)
         _slot_sums_kernel[(units.units * heads * slot_tiles,)](
-            part_scratch, x, units.table, part, x.stride(0), heads, slots, *scratch, D=dim, ROWS=tile.rows,
-            COLUMNS=tile.columns, TILES=slot_tiles, INCOMING=incoming, PRECISION="tf32x3", **launch)
+            pairs, x, units.table, part, x.stride(0), heads, slots, *scratch, D=out.shape[2], ROWS=tile.rows,
+            COLUMNS=tile.columns, TILES=slot_tiles, INCOMING=incoming, **launch)
         parts.append(part)
     group = min(8, triton.next_power_of_2(slots))
     _run_sums_kernel[(units.units * heads * triton.cdiv(slots, group),)](
-        slots_UHw, units.table, *parts, heads, slots, units.size, tokens, K=key_dim, V=value_dim, GROUP=group,
+        slots_UHw, units.table, *parts, heads, slots, units.size, tokens, K=key_dim, V=dv_RHV.shape[2], GROUP=group,
         SLOTS=triton.next_power_of_2(slots), num_warps=2)
     own_tiles = triton.cdiv(max(units.size, slots if incoming else 0), tile.columns)
     owners = units.units + (units.first.numel() - 1 if incoming else 0)
-    own_column = triton.cdiv(slots, columns) * columns
-    for (part_scratch, x, out, dim, keys), part in zip(sides, parts, strict=True):
+    for (pairs, x, out, keys), part in zip(sides, parts, strict=True):
         _own_sums_kernel[(owners * heads * own_tiles,)](
-            part_scratch, x, part, slots_UHw, units.table, units.first, k_RHK, key_norm_RH, gamma_q, gamma_k,
+            pairs, x, part, slots_UHw, units.table, units.first, k_RHK, key_norm_RH, gamma_q, gamma_k,
             gamma_q if gate_H is None else gate_H, out, x.stride(0), k_RHK.stride(0), heads, slots, tokens,
-            units.units, *scratch, own_column, mean, key_dim**-0.5, D=dim, ROWS=tile.rows, COLUMNS=tile.columns,
-            TILES=own_tiles, SLOTS=triton.next_power_of_2(slots), KEYS=keys, GATED=gate_H is not None, ADD=add,
-            PRECISION="tf32x3", **launch)
+            units.units, *scratch, own_column, mean, key_dim**-0.5, D=out.shape[2], ROWS=tile.rows,
+            COLUMNS=tile.columns, TILES=own_tiles, SLOTS=triton.next_power_of_2(slots), KEYS=keys,
+            GATED=gate_H is not None, ADD=add, **launch)

@@ -12,10 +12,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from hola_kernels.exact_cache.read_configs import read_config
 from hola_kernels.exact_cache.selection_plan import SelectionPlan, selection_plan
 from hola_kernels.exact_cache.torch_blocks import Selection, _memory_after
 from hola_kernels.exact_cache.triton_forward import launch_inverse_norms, launch_read_forward
 from hola_kernels.exact_cache.triton_key_gradient import launch_key_gradient
+from hola_kernels.exact_cache.triton_pair_gradient import launch_delta, launch_pair_gradient
 from hola_kernels.exact_cache.triton_query_gradient import launch_query_gradient
 from hola_kernels.exact_cache.triton_select import select_slots
 from hola_kernels.segments import cut_units
@@ -45,10 +47,11 @@ class ExactRead(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, v, gamma_q, gamma_k, sink, gate, o_state, slots_UHw, blocks: Blocks, mean: float):
         key_norm = launch_inverse_norms(x_MHD=k, mean=mean)
+        config = read_config(k.shape[-1], v.shape[-1], k.dtype, k.device)
         y, o_cache, lse, query_norm = launch_read_forward(
             q_MHK=q, k_RHK=k, v_RHV=v, key_norm_RH=key_norm, gamma_q=gamma_q, gamma_k=gamma_k, sink_H=sink,
             gate_H=gate, o_state_MHV=o_state, slots_UHw=slots_UHw, units=blocks.units, mean=mean,
-            incoming=blocks.incoming)
+            incoming=blocks.incoming, tile=config.forward)
         ctx.save_for_backward(q, k, v, gamma_q, gamma_k, sink, gate, key_norm, o_cache, lse, query_norm, slots_UHw)
         ctx.blocks, ctx.mean = blocks, mean
         ctx.state_dtype = None if o_state is None else o_state.dtype
@@ -72,11 +75,18 @@ def exact_read_backward(*, q: Tensor, k: Tensor, v: Tensor, gamma_q: Tensor, gam
     """(dq, dk, dv, d gamma_q, d gamma_k, d sink, d gate); `into`: contiguous (dq, dk, dv) to add to in place."""
     add = into is not None
     dq, dk, dv = into if add else (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
-    shared = {"q_MHK": q, "k_RHK": k, "key_norm_RH": key_norm, "gamma_q": gamma_q, "gamma_k": gamma_k, "gate_H": gate,
-              "dy_MHV": dy, "slots_UHw": slots_UHw, "units": blocks.units, "mean": mean, "incoming": blocks.incoming, "add": add}
-    weight, dlogit, gamma_part, head_part, columns = launch_query_gradient(
-        v_RHV=v, sink_H=sink, o_cache_MHV=o_cache, lse_MH=lse, query_norm_MH=query_norm, dq_MHK=dq, **shared)
-    launch_key_gradient(weight=weight, dlogit=dlogit, columns=columns, dk_RHK=dk, dv_RHV=dv, **shared)
+    config = read_config(k.shape[-1], v.shape[-1], k.dtype, k.device)
+    delta, head_part = launch_delta(dy_MHV=dy, o_cache_MHV=o_cache, lse_MH=lse, sink_H=sink, gate_H=gate)
+    shared = {"q_MHK": q, "k_RHK": k, "gamma_q": gamma_q, "gamma_k": gamma_k, "slots_UHw": slots_UHw,
+              "units": blocks.units, "incoming": blocks.incoming}
+    weight, dlogit = launch_pair_gradient(
+        v_RHV=v, dy_MHV=dy, query_norm_MH=query_norm, key_norm_RH=key_norm, gate_H=gate, lse_MH=lse, delta_MH=delta,
+        tile=config.pair_gradient, **shared)
+    shared |= {"dlogit": dlogit, "mean": mean, "add": add}
+    gamma_part = launch_query_gradient(query_norm_MH=query_norm, dq_MHK=dq, tile=config.query_gradient, **shared)
+    own_column = -(-blocks.slots // config.pair_gradient.columns) * config.pair_gradient.columns
+    launch_key_gradient(key_norm_RH=key_norm, dy_MHV=dy, gate_H=gate, weight=weight, own_column=own_column, dk_RHK=dk,
+                        dv_RHV=dv, tile=config.key_gradient, **shared)
     gamma_both, heads = gamma_part.sum(0), head_part.sum(0)
     dsink = None if sink is None else heads[:, 0].to(sink.dtype)
     dgate = None

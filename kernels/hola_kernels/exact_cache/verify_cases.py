@@ -7,6 +7,7 @@ every launch, so a number that was never written cannot pass.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -16,8 +17,9 @@ from torch import Tensor
 from hola_kernels.exact_cache import exact_read, select_cache
 
 NAMES = ("q", "k", "v", "gamma_q", "gamma_k", "sink", "gate", "o_state")
-LIMITS = {"float32": {"o": 1e-5, "gradient": 1e-4}, "bfloat16": {"o": 5e-3, "gradient": 8e-3},
-          "float16": {"o": 1e-3, "gradient": 2e-3}}
+# sums: the gradients of sink and gate are one sum a head over all tokens, where terms cancel
+LIMITS = {"float32": {"o": 1e-5, "gradient": 1e-4, "sum": 1e-4}, "bfloat16": {"o": 5e-3, "gradient": 8e-3, "sum": 2e-2},
+          "float16": {"o": 1e-3, "gradient": 2e-3, "sum": 5e-3}}
 PACKED = (0, 0, 1, 64, 65, 700, 700, 1723)
 
 
@@ -41,28 +43,29 @@ def cases() -> list[tuple[str, Callable[[], dict[str, float]]]]:
 
 def limit(name: str, output: str) -> float:
     """The largest error of `output` that the case `name` may show."""
-    limits = LIMITS[name.split()[0]]
-    return limits["o"] if output == "o" else limits["gradient"] if output != "wrong slots" else 0.5
+    if output == "wrong slots":
+        return 0.5
+    return LIMITS[name.split()[0]]["o" if output == "o" else "sum" if output in ("sink", "gate") else "gradient"]
 
 
 def measure_read(*, dtype: torch.dtype, key: int, value: int, lengths: list[int] | None = None,
                  cuts: tuple[int, ...] | None = None, heads: int = 2, block: int = 256, slots: int = 64,
-                 config: object = None, seed: int = 0) -> dict[str, float]:
+                 read_norm: str = "rms", config: object = None, seed: int = 0, device: str = "cuda") -> dict[str, float]:
     """Errors of the combined read and all its gradients: rows of equal `lengths`, or documents cut at `cuts`."""
     from hola_kernels.exact_cache import read_configs, triton_read
 
     batch, length = (1, cuts[-1]) if cuts else (len(lengths), lengths[0])
-    inputs = make_inputs(batch * length, heads, key, value, dtype, seed)
+    inputs = make_inputs(batch * length, heads, key, value, dtype, seed, device)
     score = inputs.pop("score")
-    bounds = torch.tensor(cuts or range(0, batch * length + 1, length), device="cuda")
+    bounds = torch.tensor(cuts or range(0, batch * length + 1, length), device=device)
     blocks = triton_read.Blocks.cut(bounds, batch * length, block=block, slots=slots, dense=cuts is None)
     narrow = {n: x.clone().requires_grad_() for n, x in inputs.items()}
-    chosen = read_configs.TABLE.copy()
+    chosen = dict(read_configs.TABLE)
     if config is not None:
         read_configs.TABLE.update(dict.fromkeys(chosen, config))
     try:
         with poisoned():
-            y = triton_read.exact_read_combine(**narrow, score=score, blocks=blocks, read_norm="rms")
+            y = triton_read.exact_read_combine(**narrow, score=score, blocks=blocks, read_norm=read_norm)
             found = _gradients(y, narrow)
     finally:
         read_configs.TABLE.update(chosen)
@@ -70,27 +73,29 @@ def measure_read(*, dtype: torch.dtype, key: int, value: int, lengths: list[int]
     own = {n: wide[n].view(batch, length, *wide[n].shape[1:]) for n in ("q", "k", "v")}
     o_cache, _ = exact_read(**own, **{n: wide[n] for n in ("gamma_q", "gamma_k", "sink")}, block=block, slots=slots,
                             score=score.double().view(batch, length, heads), backend="torch",
-                            cu_seqlens=bounds if cuts else None)
+                            read_norm=read_norm, cu_seqlens=bounds if cuts else None)
     expected_y = wide["o_state"] + wide["gate"].sigmoid()[:, None] * o_cache.flatten(0, 1)
     expected = _gradients(expected_y, wide)
     return {"o": relative_error(y, expected_y)} | {n: relative_error(found[n], expected[n]) for n in NAMES}
 
 
-def measure_pieces(*, dtype: torch.dtype, length: int = 1300, key: int = 128) -> dict[str, float]:
+def measure_pieces(*, dtype: torch.dtype, bounds: tuple[int, ...] = (0, 300, 310, 1024, 1300), key: int = 128,
+                   heads: int = 2, block: int = 256, slots: int = 64, device: str = "cuda") -> dict[str, float]:
     """Errors of a sequence read in pieces that hand the memory on, against the whole in float64."""
-    inputs = make_inputs(length, 2, key, key, dtype, 3)
+    inputs = make_inputs(bounds[-1], heads, key, key, dtype, 3, device)
+    sizes = {"block": block, "slots": slots}
     inputs = {n: x[None] if x.ndim > 1 else x for n, x in inputs.items() if n not in ("gate", "o_state")}
     score = inputs.pop("score")
     narrow = {n: x.clone().requires_grad_() for n, x in inputs.items()}
     memory, outputs = None, []
     with poisoned():
-        for start, end in ((0, 300), (300, 310), (310, 1024), (1024, length)):
+        for start, end in itertools.pairwise(bounds):
             piece = {n: x[:, start:end] if x.ndim > 2 else x for n, x in narrow.items()}
-            o, memory = exact_read(**piece, score=score[:, start:end], memory=memory, backend="triton")
+            o, memory = exact_read(**piece, score=score[:, start:end], memory=memory, backend="triton", **sizes)
             outputs.append(o)
         found = _gradients(torch.cat(outputs, 1), narrow)
     wide = {n: x.double().requires_grad_() for n, x in inputs.items()}
-    expected_o, _ = exact_read(**wide, score=score.double(), backend="torch")
+    expected_o, _ = exact_read(**wide, score=score.double(), backend="torch", **sizes)
     expected = _gradients(expected_o, wide)
     return {"o": relative_error(torch.cat(outputs, 1), expected_o)} | {
         n: relative_error(found[n], expected[n]) for n in found}
@@ -111,12 +116,13 @@ def measure_selection() -> dict[str, float]:
     return {"wrong slots": float(wrong)}
 
 
-def make_inputs(tokens: int, heads: int, key: int, value: int, dtype: torch.dtype, seed: int) -> dict[str, Tensor]:
-    """Flat inputs on the GPU; keys twice as long as queries, gammas off one, scores positive."""
-    g = torch.Generator("cuda").manual_seed(seed)
+def make_inputs(tokens: int, heads: int, key: int, value: int, dtype: torch.dtype, seed: int,
+                device: str) -> dict[str, Tensor]:
+    """Flat inputs; keys twice as long as queries, gammas off one, scores positive."""
+    g = torch.Generator(device).manual_seed(seed)
 
     def normal(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=g, device="cuda")
+        return torch.randn(*shape, generator=g, device=device)
 
     tokens_like = {"q": normal(tokens, heads, key), "k": 2 * normal(tokens, heads, key),
                    "v": normal(tokens, heads, value), "o_state": normal(tokens, heads, value)}

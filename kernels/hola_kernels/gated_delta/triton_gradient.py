@@ -23,9 +23,10 @@ from hola_kernels.gated_delta.triton_prepare import BETA, DECAY, KEY_NORM, QUERY
 from hola_kernels.triton_config import launch_of
 
 
+
 @triton.jit
 def _gradient_kernel(q, k, do, residual, states, dstates, scales, attend, chunks,
-                     dr_dv, dq, dk, dlog_decay, dbeta,
+                     dr_dv, dq, dk, dlog_decay, dbeta, value_tiles, key_parts,
                      H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
                      ROWS: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr):
     """One program a chunk and head. dr comes in where dv goes out.
@@ -51,7 +52,7 @@ def _gradient_kernel(q, k, do, residual, states, dstates, scales, attend, chunks
     # first over the columns of v: dq, and the two products among the chunk's tokens
     dq_CK = tl.zeros([C, K], tl.float32)
     do_e_CC, dr_e_CC = tl.zeros([C, C], tl.float32), tl.zeros([C, C], tl.float32)
-    for j in tl.range(0, V // BV, num_stages=STAGES):
+    for j in tl.range(0, value_tiles, num_stages=STAGES):
         values = at * V + j * BV + value_tile
         do_CV = tl.load(do + values, mask=inside[:, None], other=0.0)
         dr_CV = tl.load(dr_dv + values, mask=inside[:, None], other=0.0)
@@ -66,63 +67,72 @@ def _gradient_kernel(q, k, do, residual, states, dstates, scales, attend, chunks
     rk, rq = tl.load(row + KEY_NORM * C), tl.load(row + QUERY_NORM * C)
     root: tl.constexpr = K ** -0.5
     below, above = place[:, None] > place[None, :], place[:, None] < place[None, :]
+    same = place[:, None] == place[None, :]
     decay_CC = tl.exp(tl.where(above, float("-inf"), g[:, None] - g[None, :]))
-    dbeta_C = tl.sum(tl.where(below | above, 0.0, dr_e_CC), 1)
+    dbeta_C = tl.sum(tl.where(same, dr_e_CC, 0.0), 1)
     tl.store(dbeta + at + place * H, dbeta_C.to(dbeta.dtype.element_ty), mask=inside)
-    do_x_CC = do_e_CC * b[None, :]
-    m_CC = do_x_CC * decay_CC * root
-    g_CC = tl.where(below, -dr_e_CC * decay_CC * (b[:, None] * b[None, :]), 0.0)
+    m_CC = do_e_CC * decay_CC * root
+    g_CC = tl.where(below, -dr_e_CC * decay_CC, 0.0)  # M and G without their factors beta
     p_CC = tl.load(attend + here * (C * C) + place[:, None] * C + place[None, :]).to(tl.float32)
     kk_CC = tl.zeros([C, C], tl.float32)
-    for part in tl.static_range(K // 64):  # in parts: in fp32 the whole of k on both sides outgrows shared memory
-        k_C64 = tl.load(k + at * K + part * 64 + place[:, None] * (H * K) + tl.arange(0, 64)[None, :],
-                        mask=inside[:, None], other=0.0)
+    part_tile = place[:, None] * (H * K) + tl.arange(0, 64)[None, :]
+    for part in tl.range(0, key_parts, num_stages=STAGES):  # in parts: both sides of k in fp32 outgrow shared memory
+        k_C64 = tl.load(k + at * K + part * 64 + part_tile, mask=inside[:, None], other=0.0)
         kk_CC = tl.dot(k_C64, tl.trans(k_C64), kk_CC, input_precision=PRECISION)
-    inner_CC = do_x_CC * p_CC + g_CC * kk_CC * (rk[:, None] * rk[None, :])
-    dg = tl.sum(inner_CC, 1) - tl.sum(inner_CC, 0)
-
-    k_CK = tl.load(k + at * K + key_tile, mask=inside[:, None], other=0.0)
-    q_CK = tl.load(q + at * K + key_tile, mask=inside[:, None], other=0.0)
-    unit_q = q_CK.to(tl.float32) * rq[:, None]
-    dq_CK = dq_CK * (tl.exp(g) * root)[:, None]
-    dg += tl.sum(dq_CK * unit_q, 1)
-    dq_CK = tl.dot((m_CC * rk[None, :]).to(narrow), k_CK, dq_CK, input_precision=PRECISION)
-    dq_CK = (dq_CK - unit_q * tl.sum(dq_CK * unit_q, 1)[:, None]) * rq[:, None]
-    tl.store(dq + at * K + key_tile, dq_CK.to(narrow), mask=inside[:, None])
-
+    # <dP, P> and <dN, N>: their rows and columns are what the chunk's own tokens add along q^ and k^
+    along_p = do_e_CC * p_CC * b[None, :]
+    along_n = g_CC * kk_CC * (rk * b)[:, None] * (rk * b)[None, :]
+    rows_p, columns_p = tl.sum(along_p, 1), tl.sum(along_p, 0)
+    rows_n, columns_n = tl.sum(along_n, 1), tl.sum(along_n, 0)
     # transposed in fp32: transposing the 16-bit copy of an accumulator is what Triton before 3.7.1 miscompiles
     to_q_CC = (tl.trans(m_CC) * rq[None, :]).to(narrow)
-    to_k_CC = ((g_CC + tl.trans(g_CC)) * rk[None, :]).to(narrow)
+    to_k_CC = ((g_CC + tl.trans(g_CC)) * (rk * b)[None, :]).to(narrow)
 
-    # again over the columns of v: dk from the state before and the state after, kept apart for dg
-    before_CK, after_CK = tl.zeros([C, K], tl.float32), tl.zeros([C, K], tl.float32)
-    product_K = tl.zeros([K], tl.float32)
-    for j in tl.range(0, V // BV, num_stages=STAGES):
+    # q and k meet the accumulators as products with the identity: exact, and already in the accumulators' layout
+    # (a loaded tile would make the compiler move every [64, K] product through shared memory for its row sums)
+    identity = tl.where(same, 1.0, 0.0).to(narrow)
+    k_CK = tl.load(k + at * K + key_tile, mask=inside[:, None], other=0.0)
+    q_CK = tl.load(q + at * K + key_tile, mask=inside[:, None], other=0.0)
+    dq_CK = dq_CK * (tl.exp(g) * root)[:, None]
+    unit_q = tl.dot(identity, q_CK, input_precision=PRECISION) * rq[:, None]
+    along_q = tl.sum(dq_CK * unit_q, 1)
+    dq_CK = tl.dot((m_CC * (rk * b)[None, :]).to(narrow), k_CK, dq_CK, input_precision=PRECISION)
+    dq_CK = (dq_CK - unit_q * (along_q + rows_p)[:, None]) * rq[:, None]
+    tl.store(dq + at * K + key_tile, dq_CK.to(narrow), mask=inside[:, None])
+
+    # again over the columns of v: dk from the states before and after, kept apart for dg; <S, dS> is a trace
+    dk_CK, after_CK = tl.zeros([C, K], tl.float32), tl.zeros([C, K], tl.float32)
+    product_VV = tl.zeros([BV, BV], tl.float32)
+    for j in tl.range(0, value_tiles, num_stages=STAGES):
         values = at * V + j * BV + value_tile
         dr_CV = tl.load(dr_dv + values, mask=inside[:, None], other=0.0)
         e_CV = tl.load(residual + values, mask=inside[:, None], other=0.0)
         s_VK = tl.load(states + here * (V * K) + j * (BV * K) + state_tile)
         ds_VK = tl.load(dstates + here * (V * K) + j * (BV * K) + state_tile)
-        before_CK = tl.dot(dr_CV, s_VK, before_CK, input_precision=PRECISION)
+        dk_CK = tl.dot(dr_CV, s_VK, dk_CK, input_precision=PRECISION)
         after_CK = tl.dot(e_CV, ds_VK, after_CK, input_precision=PRECISION)
-        product_K += tl.sum(s_VK.to(tl.float32) * ds_VK.to(tl.float32), 0)
+        product_VV = tl.dot(s_VK, tl.trans(ds_VK), product_VV, input_precision=PRECISION)
         tl.store(dr_dv + values, (dr_CV.to(tl.float32) * b[:, None]).to(narrow), mask=inside[:, None])
+    trace = tl.sum(tl.sum(tl.where(col[:, None] == col[None, :], product_VV, 0.0), 1), 0)
+
     # read again rather than kept: k and q would fill shared memory all through the loop
     k_CK = tl.load(k + at * K + key_tile, mask=inside[:, None], other=0.0)
-    before_CK = before_CK * (-b * tl.exp(g))[:, None]
-    after_CK = after_CK * (b * tl.exp(g_end - g))[:, None]
-    unit_k = k_CK.to(tl.float32) * rk[:, None]
-    outgoing = tl.sum(after_CK * unit_k, 1)
-    dg += tl.sum(before_CK * unit_k, 1) - outgoing
-    boundary = tl.exp(g_end) * tl.sum(product_K, 0) + tl.sum(outgoing, 0)
+    unit_k = tl.dot(identity, k_CK, input_precision=PRECISION) * rk[:, None]
+    dk_CK = dk_CK * (-tl.exp(g) * b)[:, None]
+    after_CK = after_CK * (tl.exp(g_end - g) * b)[:, None]
+    along_k, outgoing = tl.sum(dk_CK * unit_k, 1), tl.sum(after_CK * unit_k, 1)
+    dg = rows_p - columns_p + rows_n - columns_n + along_q + along_k - outgoing
+    boundary = tl.exp(g_end) * trace + tl.sum(outgoing, 0)
     dlog = tl.sum(tl.where(below, 0.0, dg[None, :]), 1) + boundary
     tl.store(dlog_decay + at + place * H, dlog.to(dlog_decay.dtype.element_ty), mask=inside)
 
-    dk_CK = tl.dot(to_k_CC, k_CK, before_CK + after_CK, input_precision=PRECISION)
+    # beta multiplies the products, not the sum: two products into one accumulator count as a chain, and a chain
+    # spreads the warps over 128 rows where there are 64
+    dk_CK += after_CK - unit_k * (along_k + outgoing + columns_p + rows_n + columns_n)[:, None]
+    dk_CK += tl.dot(to_k_CC, k_CK, input_precision=PRECISION) * b[:, None]
     q_CK = tl.load(q + at * K + key_tile, mask=inside[:, None], other=0.0)
-    dk_CK = tl.dot(to_q_CC, q_CK, dk_CK, input_precision=PRECISION)
-    dk_CK = (dk_CK - unit_k * tl.sum(dk_CK * unit_k, 1)[:, None]) * rk[:, None]
-    tl.store(dk + at * K + key_tile, dk_CK.to(narrow), mask=inside[:, None])
+    dk_CK += tl.dot(to_q_CC, q_CK, input_precision=PRECISION) * b[:, None]
+    tl.store(dk + at * K + key_tile, (dk_CK * rk[:, None]).to(narrow), mask=inside[:, None])
 
 
 def chunk_gradients(*, q_MHK: Tensor, k_MHK: Tensor, do_MHV: Tensor, residual: Tensor, states: Tensor,
@@ -134,8 +144,9 @@ def chunk_gradients(*, q_MHK: Tensor, k_MHK: Tensor, do_MHV: Tensor, residual: T
     launch = launch_of("gated_delta_gradient", key_dim, value_dim, do_MHV.element_size())
     dq, dk = torch.empty_like(q_MHK), torch.empty_like(k_MHK)
     dlog_decay, dbeta = torch.empty_like(log_decay_MH), torch.empty_like(beta_MH)
-    _gradient_kernel[(chunks.shape[0] * heads,)](
-        q_MHK, k_MHK, do_MHV, residual, states, dstates, scales, attend, chunks, dr, dq, dk, dlog_decay, dbeta,
-        H=heads, K=key_dim, V=value_dim, BV=min(launch.tile, value_dim), C=64, ROWS=SCALES, PRECISION=precision,
-        STAGES=launch.stages, num_warps=launch.warps)
+    if chunks.shape[0]:
+        _gradient_kernel[(chunks.shape[0] * heads,)](
+            q_MHK, k_MHK, do_MHV, residual, states, dstates, scales, attend, chunks, dr, dq, dk, dlog_decay, dbeta,
+            value_dim // launch.tile, key_dim // 64, H=heads, K=key_dim, V=value_dim, BV=launch.tile, C=64, ROWS=SCALES,
+            PRECISION=precision, STAGES=launch.stages, num_warps=launch.warps)
     return dq, dk, dr, dlog_decay, dbeta

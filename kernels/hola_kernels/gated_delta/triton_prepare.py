@@ -22,6 +22,8 @@ from torch import Tensor
 from hola_kernels.norms import L2_EPS
 from hola_kernels.triton_config import launch_of
 
+SOLVE_PRECISION = "tf32x3"  # of the products that join the blocks
+
 # rows of the scales buffer [U, H, SCALES, 64], zero past the end of a chunk
 SCALES = 8
 KEY_IN = tl.constexpr(0)     # exp(g) rk: k into the incoming state
@@ -36,26 +38,33 @@ QUERY_NORM = tl.constexpr(6)  # rq
 @triton.jit
 def _prepare_kernel(q, k, log_decay, beta, chunks, scales, solve, attend,
                     H: tl.constexpr, K: tl.constexpr, C: tl.constexpr, ROWS: tl.constexpr, EPS: tl.constexpr,
-                    PRECISION: tl.constexpr):
-    """One program a chunk and head. k, q [64, K] and all [64, 64] matrices in registers, fp32 but for k and q."""
+                    PART: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr, SOLVE: tl.constexpr):
+    """One program a chunk and head. The [64, 64] matrices live in registers, fp32; k and q pass in parts [64, PART]."""
     pid = tl.program_id(0)
     chunk, head = pid // H, pid % H
     start = tl.load(chunks + chunk * 2).to(tl.int64)
     length = tl.load(chunks + chunk * 2 + 1)
     place = tl.arange(0, C)
     inside = place < length
-    dim = tl.arange(0, K)
-    tile = place[:, None] * (H * K) + dim[None, :]
-    k_CK = tl.load(k + (start * H + head) * K + tile, mask=inside[:, None], other=0.0)
-    q_CK = tl.load(q + (start * H + head) * K + tile, mask=inside[:, None], other=0.0)
+    tile = place[:, None] * (H * K) + tl.arange(0, PART)[None, :]
     g = tl.load(log_decay + start * H + head + place * H, mask=inside, other=0.0).to(tl.float32)
     b = tl.load(beta + start * H + head + place * H, mask=inside, other=0.0).to(tl.float32)
 
     g = tl.cumsum(g, 0)
     g_end = tl.sum(tl.where(place == C - 1, g, 0.0), 0)
-    wide_k, wide_q = k_CK.to(tl.float32), q_CK.to(tl.float32)
-    rk = tl.where(inside, 1.0 / tl.sqrt(tl.sum(wide_k * wide_k, 1) + EPS), 0.0)
-    rq = tl.where(inside, 1.0 / tl.sqrt(tl.sum(wide_q * wide_q, 1) + EPS), 0.0)
+    kk_CC, qk_CC = tl.zeros([C, C], tl.float32), tl.zeros([C, C], tl.float32)
+    k_square, q_square = tl.zeros([C], tl.float32), tl.zeros([C], tl.float32)
+    for part in tl.range(0, K // PART, num_stages=STAGES):
+        from_here = (start * H + head) * K + part * PART
+        k_CP = tl.load(k + from_here + tile, mask=inside[:, None], other=0.0)
+        q_CP = tl.load(q + from_here + tile, mask=inside[:, None], other=0.0)
+        kk_CC = tl.dot(k_CP, tl.trans(k_CP), kk_CC, input_precision=PRECISION)
+        qk_CC = tl.dot(q_CP, tl.trans(k_CP), qk_CC, input_precision=PRECISION)
+        wide_k, wide_q = k_CP.to(tl.float32), q_CP.to(tl.float32)
+        k_square += tl.sum(wide_k * wide_k, 1)
+        q_square += tl.sum(wide_q * wide_q, 1)
+    rk = tl.where(inside, 1.0 / tl.sqrt(k_square + EPS), 0.0)
+    rq = tl.where(inside, 1.0 / tl.sqrt(q_square + EPS), 0.0)
     root: tl.constexpr = K ** -0.5
     row = scales + pid.to(tl.int64) * (ROWS * C) + place
     tl.store(row + KEY_IN * C, tl.exp(g) * rk)
@@ -70,11 +79,11 @@ def _prepare_kernel(q, k, log_decay, beta, chunks, scales, solve, attend,
     difference = tl.where(place[:, None] >= place[None, :], g[:, None] - g[None, :], float("-inf"))
     decay_CC = tl.exp(difference) * rk[None, :]
     matrix = pid.to(tl.int64) * (C * C) + place[:, None] * C + place[None, :]
-    attend_CC = tl.dot(q_CK, tl.trans(k_CK), input_precision=PRECISION) * decay_CC * (rq * root)[:, None]
+    attend_CC = qk_CC * decay_CC * (rq * root)[:, None]
     tl.store(attend + matrix, attend_CC.to(attend.dtype.element_ty))
-    n_CC = tl.dot(k_CK, tl.trans(k_CK), input_precision=PRECISION) * decay_CC * rk[:, None]
+    n_CC = kk_CC * decay_CC * rk[:, None]
     n_CC = tl.where(place[:, None] > place[None, :], n_CC, 0.0)
-    tl.store(solve + matrix, _solve(n_CC, b, C, PRECISION).to(solve.dtype.element_ty))
+    tl.store(solve + matrix, _solve(n_CC, b, C, SOLVE).to(solve.dtype.element_ty))
 
 
 @triton.jit
@@ -117,5 +126,6 @@ def prepare(*, q_MHK: Tensor, k_MHK: Tensor, log_decay_MH: Tensor, beta_MH: Tens
     if count:
         _prepare_kernel[(count * heads,)](
             q_MHK, k_MHK, log_decay_MH, beta_MH, chunks, scales, solve, attend, H=heads, K=key_dim, C=size,
-            ROWS=SCALES, EPS=L2_EPS, PRECISION=precision, num_warps=launch.warps, num_stages=launch.stages)
+            ROWS=SCALES, EPS=L2_EPS, PART=launch.tile, STAGES=launch.stages, PRECISION=precision, SOLVE=SOLVE_PRECISION,
+            num_warps=launch.warps)
     return scales, solve, attend

@@ -90,7 +90,7 @@ def _forward_kernel(q, k, v, scales, solve, attend, spans, state_in, state_out,
                 tl.store(states + KL + state_row, narrow_VK)
 
         rho_VC = v_VC.to(tl.float32) - key_in[None, :] * sk_VC
-        e_VC = rho_VC - tl.dot((rho_VC * b[None, :]).to(narrow), tl.trans(u_CC), input_precision=PRECISION)
+        e_VC = tl.dot((rho_VC * -b[None, :]).to(narrow), tl.trans(u_CC), rho_VC, input_precision=PRECISION)
         if OUTPUT:
             x_VC = e_VC * b[None, :]
             p_CC = tl.load(attend + here * (C * C) + matrix)
@@ -170,7 +170,7 @@ def _backward_kernel(q, k, do, scales, solve, attend, spans, dstate_out, dstate_
             tl.store(dstates + KL + state_row, narrow_VK)
 
         dx_VC = tl.dot(do_VC, p_CC, key_out[None, :] * sk_VC, input_precision=PRECISION)
-        dr_VC = dx_VC - tl.dot((dx_VC * b[None, :]).to(narrow), u_CC, input_precision=PRECISION)
+        dr_VC = tl.dot((dx_VC * -b[None, :]).to(narrow), u_CC, dx_VC, input_precision=PRECISION)
         tl.store(dr + at * V + value_tile, dr_VC.to(narrow), mask=place[None, :] < left)
         from_o = (do_VC.to(tl.float32) * query_in[None, :]).to(narrow)
         from_r = (dr_VC * (-b * key_in)[None, :]).to(narrow)

@@ -41,7 +41,7 @@ def _backward_kernel(x_ptr, gate_ptr, weight_ptr, dy_ptr, dx_ptr, dgate_ptr, par
     """
     d = tl.arange(0, WIDTH)
     weight = tl.load(weight_ptr + d, mask=d < V, other=0.0).to(tl.float32)
-    dweight = tl.zeros((WIDTH,), tl.float32)
+    dweight = tl.zeros((ROWS, WIDTH), tl.float32)  # summed over rows once, at the end
     for first in tl.range(tl.program_id(0) * ROWS, total, tl.num_programs(0) * ROWS):
         row = first + tl.arange(0, ROWS)
         mask = (row < total)[:, None] & (d < V)[None, :]
@@ -53,14 +53,14 @@ def _backward_kernel(x_ptr, gate_ptr, weight_ptr, dy_ptr, dx_ptr, dgate_ptr, par
         u = x * norm[:, None]
         share = tl.sigmoid(gate)
         passed = dy * (gate * share)
-        dweight += tl.sum(passed * u, 0)
+        dweight += passed * u
         du = passed * weight[None, :]
         dx = (du - u * (tl.sum(u * du, 1) / V)[:, None]) * norm[:, None]
         dgate = dy * u * weight[None, :] * share * (1.0 + gate * (1.0 - share))
         out = wide * V + d[None, :]
         tl.store(dx_ptr + out, dx.to(dx_ptr.dtype.element_ty), mask=mask)
         tl.store(dgate_ptr + out, dgate.to(dgate_ptr.dtype.element_ty), mask=mask)
-    tl.store(part_ptr + tl.program_id(0) * V + d, dweight, mask=d < V)
+    tl.store(part_ptr + tl.program_id(0) * V + d, tl.sum(dweight, 0), mask=d < V)
 
 
 class GatedRmsNorm(torch.autograd.Function):

@@ -1,9 +1,10 @@
 """The short convolution in one pass over memory each way: a program walks down a strip of tokens.
 
-A strip is `size` consecutive tokens of one document and CHANNELS channels; the last three
-inputs (and in the backward pass the last three gradients) stay in registers, so x, y, dy
-and dx cross HBM once. A strip begins with the three inputs before it, from the document or
-its tail; backward it also looks three tokens ahead, because those read its own.
+A strip is `size` consecutive tokens of one document and CHANNELS channels, taken four tokens at
+a time so that eight loads are under way at once; the last three inputs, and backward what
+is known of the last three input gradients, stay in registers. So x, y, dy and dx cross HBM
+once. A strip begins with the three inputs before it, from the document or its tail;
+backward it also looks three tokens ahead, because those read its own.
 
     z_t = sum_j w_{W-1-j} x_{t-j}      y = SiLU(z)      dz = dy SiLU'(z)      dx_t = sum_j w_{W-1-j} dz_{t+j}
 
@@ -23,7 +24,7 @@ from hola_kernels.unit_table import UnitTable, unit_table
 
 TAPS = 4
 STRIP = {"forward": 64, "backward": 128}
-CHANNELS = 256
+CHANNELS = 128
 
 
 @triton.jit
@@ -47,6 +48,27 @@ def _taps(weight_ptr, d, is_channel, BEFORE: tl.constexpr):
 
 
 @triton.jit
+def _load_row(ptr, at, stride, d, mask):
+    return tl.load(ptr + at * stride + d, mask=mask, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _store_silu(ptr, at, D, d, mask, z):
+    tl.store(ptr + at * D + d, (z / (1.0 + tl.exp(-z))).to(ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _silu_gradient(dy, z):
+    opened = 1.0 / (1.0 + tl.exp(-z))
+    return dy * opened * (1.0 + z * (1.0 - opened))
+
+
+@triton.jit
+def _store_row(ptr, at, D, d, mask, x):
+    tl.store(ptr + at * D + d, x.to(ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
 def _forward_kernel(x_ptr, weight_ptr, tail_ptr, strips_ptr, y_ptr, D, x_stride, BEFORE: tl.constexpr,
                     CHANNELS: tl.constexpr):
     """y [M, D]. Registers: four inputs and four taps of [CHANNELS]."""
@@ -62,13 +84,17 @@ def _forward_kernel(x_ptr, weight_ptr, tail_ptr, strips_ptr, y_ptr, D, x_stride,
     x1 = _before(x_ptr, tail_ptr, row, 1, ordinal, segment, d, real, D, x_stride, BEFORE)
     x2 = _before(x_ptr, tail_ptr, row, 2, ordinal, segment, d, real, D, x_stride, BEFORE)
     x3 = _before(x_ptr, tail_ptr, row, 3, ordinal, segment, d, real, D, x_stride, BEFORE)
-    for i in tl.range(0, count, loop_unroll_factor=4):
+    for i in tl.range(0, count, 4):
         at = (row + i).to(tl.int64)
-        x0 = tl.load(x_ptr + at * x_stride + d, mask=is_channel, other=0.0).to(tl.float32)
-        z = w0 * x0 + w1 * x1 + w2 * x2 + w3 * x3
-        y = z * tl.sigmoid(z)
-        tl.store(y_ptr + at * D + d, y.to(y_ptr.dtype.element_ty), mask=is_channel)
-        x3, x2, x1 = x2, x1, x0
+        a0 = _load_row(x_ptr, at, x_stride, d, is_channel)
+        a1 = _load_row(x_ptr, at + 1, x_stride, d, is_channel & (i + 1 < count))
+        a2 = _load_row(x_ptr, at + 2, x_stride, d, is_channel & (i + 2 < count))
+        a3 = _load_row(x_ptr, at + 3, x_stride, d, is_channel & (i + 3 < count))
+        _store_silu(y_ptr, at, D, d, is_channel, w0 * a0 + w1 * x1 + w2 * x2 + w3 * x3)
+        _store_silu(y_ptr, at + 1, D, d, is_channel & (i + 1 < count), w0 * a1 + w1 * a0 + w2 * x1 + w3 * x2)
+        _store_silu(y_ptr, at + 2, D, d, is_channel & (i + 2 < count), w0 * a2 + w1 * a1 + w2 * a0 + w3 * x1)
+        _store_silu(y_ptr, at + 3, D, d, is_channel & (i + 3 < count), w0 * a3 + w1 * a2 + w2 * a1 + w3 * a0)
+        x3, x2, x1 = a1, a2, a3
 
 
 @triton.jit
@@ -76,8 +102,8 @@ def _backward_kernel(x_ptr, weight_ptr, tail_ptr, dy_ptr, strips_ptr, dx_ptr, dt
                      dy_stride, BEFORE: tl.constexpr, CHANNELS: tl.constexpr):
     """dx [M, D], dtail [N, BEFORE, D], weight_part [strips, 4, D] (tap 0: the current token).
 
-    Registers: four inputs, four dz, four taps and four tap gradients of [CHANNELS]. At step i the gradient
-    of the input three tokens back is complete; before the strip's first token that is the tail's.
+    Registers: seven inputs, four dz, three partial dx, four taps and their gradients of [CHANNELS]. With
+    tokens i to i + 3 the gradients of inputs i - 3 to i are complete.
     """
     strip = tl.program_id(1)
     row = tl.load(strips_ptr + strip * 5)
@@ -95,31 +121,45 @@ def _backward_kernel(x_ptr, weight_ptr, tail_ptr, dy_ptr, strips_ptr, dx_ptr, dt
     x1 = _before(x_ptr, tail_ptr, row, 1, ordinal, segment, d, real, D, x_stride, BEFORE)
     x2 = _before(x_ptr, tail_ptr, row, 2, ordinal, segment, d, real, D, x_stride, BEFORE)
     x3 = _before(x_ptr, tail_ptr, row, 3, ordinal, segment, d, real, D, x_stride, BEFORE)
+    # c1, c2, c3: what earlier groups gave to the gradients of the inputs one, two and three tokens back
+    # (sums, not the dz themselves: Triton 3.7 drops a shift register whose places begin alike)
     zero = tl.zeros((CHANNELS,), tl.float32)
-    dz1, dz2, dz3 = zero, zero, zero
+    c1, c2, c3 = zero, zero, zero
     dw0, dw1, dw2, dw3 = zero, zero, zero, zero
     steps = tl.where(count > 0, count + 3, 0)
-    for i in tl.range(0, steps, loop_unroll_factor=4):
+    for i in tl.range(0, steps, 4):
         at = (row + i).to(tl.int64)
-        there = is_channel & (i < count + ahead)
-        x0 = tl.load(x_ptr + at * x_stride + d, mask=there, other=0.0).to(tl.float32)
-        dy = tl.load(dy_ptr + at * dy_stride + d, mask=there, other=0.0).to(tl.float32)
-        z = w0 * x0 + w1 * x1 + w2 * x2 + w3 * x3
-        open_ = tl.sigmoid(z)
-        dz0 = dy * open_ * (1.0 + z * (1.0 - open_))
-        own = tl.where(i < count, dz0, 0.0)
-        dw0 += own * x0
-        dw1 += own * x1
-        dw2 += own * x2
-        dw3 += own * x3
-        dx = w3 * dz0 + w2 * dz1 + w1 * dz2 + w0 * dz3
-        tl.store(dx_ptr + (at - 3) * D + d, dx.to(dx_ptr.dtype.element_ty), mask=is_channel & (i >= 3))
-        place = i - (3 - BEFORE)
-        in_tail = is_channel & (ordinal == 0) & (i < 3) & (place >= 0)
-        tl.store(dtail_ptr + (segment.to(tl.int64) * BEFORE + place) * D + d, dx.to(dtail_ptr.dtype.element_ty),
-                 mask=in_tail)
-        x3, x2, x1 = x2, x1, x0
-        dz3, dz2, dz1 = dz2, dz1, dz0
+        end = count + ahead
+        a0 = _load_row(x_ptr, at, x_stride, d, is_channel & (i < end))
+        a1 = _load_row(x_ptr, at + 1, x_stride, d, is_channel & (i + 1 < end))
+        a2 = _load_row(x_ptr, at + 2, x_stride, d, is_channel & (i + 2 < end))
+        a3 = _load_row(x_ptr, at + 3, x_stride, d, is_channel & (i + 3 < end))
+        g0 = _load_row(dy_ptr, at, dy_stride, d, is_channel & (i < end))
+        g1 = _load_row(dy_ptr, at + 1, dy_stride, d, is_channel & (i + 1 < end))
+        g2 = _load_row(dy_ptr, at + 2, dy_stride, d, is_channel & (i + 2 < end))
+        g3 = _load_row(dy_ptr, at + 3, dy_stride, d, is_channel & (i + 3 < end))
+        g0 = _silu_gradient(g0, w0 * a0 + w1 * x1 + w2 * x2 + w3 * x3)
+        g1 = _silu_gradient(g1, w0 * a1 + w1 * a0 + w2 * x1 + w3 * x2)
+        g2 = _silu_gradient(g2, w0 * a2 + w1 * a1 + w2 * a0 + w3 * x1)
+        g3 = _silu_gradient(g3, w0 * a3 + w1 * a2 + w2 * a1 + w3 * a0)
+        dx3, dx2, dx1 = c3 + w3 * g0, c2 + w2 * g0 + w3 * g1, c1 + w1 * g0 + w2 * g1 + w3 * g2
+        _store_row(dx_ptr, at - 3, D, d, is_channel & (i > 0) & (i - 3 < count), dx3)
+        _store_row(dx_ptr, at - 2, D, d, is_channel & (i > 0) & (i - 2 < count), dx2)
+        _store_row(dx_ptr, at - 1, D, d, is_channel & (i > 0) & (i - 1 < count), dx1)
+        _store_row(dx_ptr, at, D, d, is_channel & (i < count), w0 * g0 + w1 * g1 + w2 * g2 + w3 * g3)
+        if (i == 0) & (ordinal == 0):  # before a document's first token: the gradient of its tail
+            tail = segment.to(tl.int64) * BEFORE
+            _store_row(dtail_ptr, tail + BEFORE - 3, D, d, is_channel & (BEFORE >= 3), dx3)
+            _store_row(dtail_ptr, tail + BEFORE - 2, D, d, is_channel & (BEFORE >= 2), dx2)
+            _store_row(dtail_ptr, tail + BEFORE - 1, D, d, is_channel & (BEFORE >= 1), dx1)
+        c3, c2, c1 = w0 * g1 + w1 * g2 + w2 * g3, w0 * g2 + w1 * g3, w0 * g3
+        g0, g1 = tl.where(i < count, g0, 0.0), tl.where(i + 1 < count, g1, 0.0)
+        g2, g3 = tl.where(i + 2 < count, g2, 0.0), tl.where(i + 3 < count, g3, 0.0)
+        dw0 += g0 * a0 + g1 * a1 + g2 * a2 + g3 * a3
+        dw1 += g0 * x1 + g1 * a0 + g2 * a1 + g3 * a2
+        dw2 += g0 * x2 + g1 * x1 + g2 * a0 + g3 * a1
+        dw3 += g0 * x3 + g1 * x2 + g2 * x1 + g3 * a0
+        x3, x2, x1 = a1, a2, a3
     part = weight_part_ptr + strip.to(tl.int64) * 4 * D + d
     tl.store(part, dw0, mask=is_channel)
     tl.store(part + D, dw1, mask=is_channel)

@@ -1,0 +1,59 @@
+"""The shape of a model in its two forms: a recipe's model section and a HolaConfig."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import Any
+
+from hola_megatron.config import Recipe
+from hola_megatron.hf.configuration_hola import HolaConfig
+
+# recipe field -> HolaConfig field; what is not here (layer_spec) does not change what is computed
+MODEL = {
+    "layers": "num_hidden_layers", "hidden_size": "hidden_size", "pattern": "layer_pattern", "heads": "num_heads",
+    "key_dim": "key_dim", "value_dim": "value_dim", "conv_width": "conv_width", "decay": "decay",
+    "attention_heads": "num_attention_heads", "rope_theta": "rope_theta", "mlp_hidden_size": "intermediate_size",
+    "vocab_size": "vocab_size", "tie_embeddings": "tie_word_embeddings", "norm_eps": "norm_eps",
+    "init_std": "initializer_range",
+}
+CACHE = {"block": "cache_block", "slots": "cache_slots", "score": "cache_score", "read_norm": "cache_read_norm",
+         "sink": "cache_sink", "gate_init": "cache_gate_init"}
+# only used to start a model from nothing
+FREE = ("init_std", "cache.gate_init", "backend", "layer_spec")
+
+
+def config_of(recipe: Recipe, **more: Any) -> HolaConfig:
+    """The HolaConfig of a recipe's model; `more` are token ids and the like."""
+    model = asdict(recipe.model)
+    values = {name: model[field] for field, name in MODEL.items()}
+    values |= {name: model["cache"][field] for field, name in CACHE.items()}
+    return HolaConfig(**values, max_position_embeddings=recipe.train.sequence_length,
+                      architectures=["HolaForCausalLM"], **more)
+
+
+def model_section(config: HolaConfig) -> dict[str, Any]:
+    """The recipe's model section that gives this network."""
+    section = {field: getattr(config, name) for field, name in MODEL.items()}
+    return section | {"cache": {field: getattr(config, name) for field, name in CACHE.items()}}
+
+
+def differences(section: dict[str, Any], other: dict[str, Any]) -> list[str]:
+    """Fields in which two model sections describe different networks, as `model.field: here, there`."""
+    here, there = _comparable(section), _comparable(other)
+    return [f"model.{name}: {here.get(name)!r} here, {there.get(name)!r} there"
+            for name in sorted(here | there) if here.get(name) != there.get(name)]
+
+
+def _comparable(section: dict[str, Any]) -> dict[str, Any]:
+    """Flat, with the pattern written out and without what the network does not use."""
+    flat = {name: value for name, value in section.items() if name != "cache"}
+    kinds = (flat.pop("pattern") * flat["layers"])[: flat["layers"]]
+    flat |= {f"cache.{name}": value for name, value in section["cache"].items()}
+    unused = set(FREE)
+    if "H" not in kinds:
+        unused |= {name for name in flat if name.startswith("cache.")}
+    if not set(kinds) & set("HG"):
+        unused |= {"heads", "key_dim", "value_dim", "conv_width", "decay"}
+    if "A" not in kinds:
+        unused |= {"attention_heads", "rope_theta"}
+    return {"layer kinds": kinds} | {name: value for name, value in flat.items() if name not in unused}

@@ -1,0 +1,130 @@
+"""The proof of a conversion: the Megatron model and the reloaded Hugging Face model give the same logits.
+
+Both run in float32 on the plain torch operations, in one process, on random tokens that fill
+more than two blocks of the exact cache; the last of them also go one by one through the
+cache of the Hugging Face model. A bf16 export is compared with the Megatron model
+holding the same rounded weights, so that the tolerance need not hide rounding.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from hola_megatron.checkpoint.folder import Checkpoint
+from hola_megatron.checkpoint.tensors import TensorReader
+from hola_megatron.config import ParallelConfig, Recipe, build_recipe
+from hola_megatron.errors import CheckpointError
+from hola_megatron.hf import auto
+from hola_megatron.hf.shape import differences, model_section
+from hola_megatron.model.build import build_model
+from hola_megatron.model.parameters import pieces
+from hola_megatron.parallel.groups import start, stop
+
+TOLERANCE = 1e-5  # times the largest logit where that is above 1
+ROWS, STEPS = 2, 24
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """How far two models' logits are apart on the same tokens.
+
+    worst, mean: of the absolute difference; limit: the largest one allowed; decoded: the largest one where
+    the Hugging Face model went token by token through its cache; same_greedy: positions at which
+    both choose the same token (or their choices are tied within `limit`).
+    """
+
+    tokens: int
+    worst: float
+    mean: float
+    limit: float
+    decoded: float
+    same_greedy: int
+
+    @property
+    def passed(self) -> bool:
+        # written so that a NaN fails
+        return self.worst <= self.limit and self.decoded <= self.limit and self.same_greedy == self.tokens
+
+    def __str__(self) -> str:
+        return (f"logits of {self.tokens:,} tokens | max difference {self.worst:.2e}, decoded by the cache "
+                f"{self.decoded:.2e} (allowed {self.limit:.1e}) | mean {self.mean:.2e} | greedy tokens equal "
+                f"{self.same_greedy:,} of {self.tokens:,}")
+
+
+def verify(checkpoint: Checkpoint, folder: Path) -> Agreement:
+    """Compare a checkpoint with an exported folder; CheckpointError where they disagree."""
+    recipe = build_recipe(checkpoint.manifest["recipe"])
+    config = auto.read_config(folder)
+    if problems := differences(asdict(recipe.model), model_section(config)):
+        raise CheckpointError(f"{folder}: is a model of another recipe than {checkpoint.path}: {problems[0]}")
+    tokens = _random_tokens(recipe)
+    theirs, decoded = _hf_logits(folder, tokens)
+    mine, greedy = _megatron_logits(recipe, checkpoint, tokens, config.dtype or torch.float32)
+    found = compare(mine, theirs, decoded)
+    print(f"{found}\ngreedy tokens at the end | {greedy}", flush=True)
+    if not found.passed:
+        raise CheckpointError(f"{checkpoint.path}: the Hugging Face model does not give its logits (max difference "
+                              f"{max(found.worst, found.decoded):.2e}, allowed {found.limit:.1e}, greedy tokens equal "
+                              f"{found.same_greedy} of {found.tokens}); the conversion must not be used")
+    return found
+
+
+def compare(mine: Tensor, theirs: Tensor, decoded: Tensor) -> Agreement:
+    """Two models' logits [B, T, vocabulary]; `decoded` the second's once more for the last tokens, by its cache."""
+    apart, last = (mine - theirs).abs(), (mine[:, -decoded.shape[1]:] - decoded).abs()
+    limit = TOLERANCE * max(1.0, float(mine.abs().max()))
+    chosen = mine.gather(-1, theirs.argmax(-1, keepdim=True))[..., 0]
+    same = int((chosen >= mine.max(-1).values - 2 * limit).sum())
+    return Agreement(mine[..., 0].numel(), float(apart.max()), float(apart.mean()), limit, float(last.max()), same)
+
+
+def _random_tokens(recipe: Recipe) -> Tensor:
+    """[ROWS, T] with T more than two blocks."""
+    length = 2 * recipe.model.cache.block + 17 if "H" in recipe.model.layer_kinds else 80
+    return torch.randint(recipe.model.vocab_size, (ROWS, length), generator=torch.Generator().manual_seed(1))
+
+
+@torch.no_grad()
+def _hf_logits(folder: Path, tokens: Tensor) -> tuple[Tensor, Tensor]:
+    """Logits of all tokens in one call, and of the last ones token by token through the cache."""
+    model = auto.load_model(folder, dtype=torch.float32, device=_device(), backend="torch")
+    tokens = tokens.to(_device())
+    logits = model(tokens, use_cache=False).logits.cpu()
+    cache, steps = model(tokens[:, :-STEPS], use_cache=True, logits_to_keep=1).past_key_values, []
+    for t in range(tokens.shape[1] - STEPS, tokens.shape[1]):
+        steps.append(model(tokens[:, t: t + 1], past_key_values=cache).logits.cpu())
+    return logits, torch.cat(steps, 1)
+
+
+@torch.no_grad()
+def _megatron_logits(recipe: Recipe, checkpoint: Checkpoint, tokens: Tensor,
+                     stored_as: torch.dtype) -> tuple[Tensor, list[int]]:
+    """Logits of the checkpoint's weights, rounded as the export stores them, and the greedy tokens at the end of row 0."""
+    alone = _alone(recipe)
+    layout = start(alone)
+    try:
+        model = build_model(alone, device=layout.device, seeded=False)[0].eval()
+        reader = TensorReader(checkpoint.path, checkpoint.manifest["tensors"]["weight"])
+        for piece in pieces([model], 0, 1):
+            piece.of(piece.parameter.data).copy_(auto.stored(piece.name, reader.whole(piece.name), stored_as))
+        tokens = tokens.to(layout.device)
+        logits = model(tokens, None, None).float().cpu()
+        return logits, logits[0, -STEPS:].argmax(-1).tolist()
+    finally:
+        stop()
+
+
+def _alone(recipe: Recipe) -> Recipe:
+    """The recipe on one process, in float32, on the torch operations and Megatron's own linear layers."""
+    return dataclasses.replace(
+        recipe, parallel=ParallelConfig(), train=dataclasses.replace(recipe.train, precision="fp32", recompute="none"),
+        model=dataclasses.replace(recipe.model, backend="torch", layer_spec="local"))
+
+
+def _device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")

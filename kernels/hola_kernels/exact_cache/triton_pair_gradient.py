@@ -1,0 +1,159 @@
+"""Exact read, backward, first step: the weights P and the logit gradients of every visible pair.
+
+With s = sigmoid(gate) (1 when not combined), r the inverse norms of queries and keys, and dy the
+incoming gradient,
+    delta_i = s dy_i . o_i        dS_ij = P_ij (s dy_i . v_j - delta_i)        D_ij = dS_ij r_i r_j
+Everything the rest needs is a plain matrix product of P or D with rows as they lie in memory:
+    dv_j = s sum_i P_ij dy_i      g_i = K^-1/2 gamma sum_j D_ij k_j            (gamma = gamma_q gamma_k)
+    dq_i = g_i - q_i (mean r_i^2 g_i . q_i), and dk likewise from sum_i D_ij q_i.
+P and D are written once in the inputs' type (58 MB each at the shape below) instead of being
+computed for each side: 5 matrix products in all, not 7, and no product is transposed in registers.
+Keeping dq in the same program was tried: its accumulator left one program a multiprocessor.
+
+Work for (16, 2048, 4, 256, 64), K = V = 256, bf16: 4 * 224 * 256 FLOP a query and head = 30 GFLOP; HBM
+reads q, k, v, dy, and o for delta (402 MB with dy twice), writes 116 MB: floor 0.12 ms.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from hola_kernels.exact_cache.read_configs import Tile
+from hola_kernels.exact_cache.triton_forward import LOG2E
+from hola_kernels.unit_table import UnitTable
+
+DELTA_ROWS = 32
+
+
+@triton.jit
+def _delta_kernel(dy_ptr, o_ptr, lse_ptr, sink_ptr, gate_ptr, delta_ptr, part_ptr, tokens, H, dy_stride,
+                  V: tl.constexpr, ROWS: tl.constexpr, SINK: tl.constexpr, COMBINE: tl.constexpr):
+    """delta [M, H]; part [tiles, H, 2]: a tile's sums for the gradients of sink and gate. dy, o in registers."""
+    h = tl.program_id(1)
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    is_row = row < tokens
+    d = tl.arange(0, V)
+    at_H = row.to(tl.int64) * H + h
+    dy = tl.load(dy_ptr + row.to(tl.int64)[:, None] * dy_stride + h * V + d[None, :], mask=is_row[:, None], other=0.0)
+    o = tl.load(o_ptr + at_H[:, None] * V + d[None, :], mask=is_row[:, None], other=0.0)
+    delta = tl.sum(dy.to(tl.float32) * o.to(tl.float32), 1)
+    if COMBINE:
+        delta *= tl.sigmoid(tl.load(gate_ptr + h).to(tl.float32))
+    tl.store(delta_ptr + at_H, delta, mask=is_row)
+    part = part_ptr + (tl.program_id(0) * H + h) * 2
+    if SINK:
+        lse = tl.load(lse_ptr + at_H, mask=is_row, other=float("inf"))
+        tl.store(part, -tl.sum(tl.exp2(tl.load(sink_ptr + h).to(tl.float32) * LOG2E - lse) * delta))
+    else:
+        tl.store(part, 0.0)
+    tl.store(part + 1, tl.sum(delta))
+
+
+@triton.jit
+def _pair_gradient_kernel(q_ptr, k_ptr, v_ptr, dy_ptr, query_norm_ptr, key_norm_ptr, gamma_q_ptr, gamma_k_ptr,
+                          gate_ptr, lse_ptr, delta_ptr, slots_ptr, units_ptr, weight_ptr, dlogit_ptr, q_stride,
+                          k_stride, v_stride, dy_stride, H, w, scratch_rows, scratch_columns, scale,
+                          K: tl.constexpr, V: tl.constexpr, CHUNK: tl.constexpr, ROWS: tl.constexpr,
+                          COLUMNS: tl.constexpr, SLOT_TILES: tl.constexpr, ROW_TILES: tl.constexpr,
+                          COLUMN_TILES: tl.constexpr, COMBINE: tl.constexpr, INCOMING: tl.constexpr,
+                          PRECISION: tl.constexpr):
+    """P and D [U, H, rows, columns] of one tile [ROWS queries, COLUMNS places] of a block and head.
+
+    Two products over K and V in steps of CHUNK. Shared memory: [ROWS, CHUNK] and [COLUMNS, CHUNK] per stage.
+    Registers: two [ROWS, COLUMNS] float32, and scaled queries [ROWS, CHUNK].
+    """
+    t = tl.program_id(0) % COLUMN_TILES
+    tile = (tl.program_id(0) // COLUMN_TILES) % ROW_TILES
+    h = (tl.program_id(0) // (COLUMN_TILES * ROW_TILES)) % H
+    unit = tl.program_id(0) // (COLUMN_TILES * ROW_TILES * H)
+    start = tl.load(units_ptr + unit * 5)
+    count = tl.load(units_ptr + unit * 5 + 1)
+    ordinal = tl.load(units_ptr + unit * 5 + 2)
+    cached = t < SLOT_TILES
+    first_place = (t - SLOT_TILES) * COLUMNS
+    wanted = first_place < tl.minimum(count, (tile + 1) * ROWS)
+    if cached:
+        wanted = INCOMING or ordinal > 0
+    if wanted & (tile * ROWS < count):
+        c_C, d_D = tl.arange(0, COLUMNS), tl.arange(0, CHUNK)
+        place_R = tile * ROWS + tl.arange(0, ROWS)
+        is_row = place_R < count
+        row_R = (start + place_R).to(tl.int64)
+        place_C = first_place + c_C
+        slot = (unit.to(tl.int64) * H + h) * w + t * COLUMNS + c_C
+        slot_row = tl.load(slots_ptr + slot, mask=cached & (t * COLUMNS + c_C < w), other=-1)
+        seen = tl.where(cached, slot_row >= 0, place_C < count)
+        row_C = tl.where(cached, slot_row, start + place_C).to(tl.int64)
+        dtype = k_ptr.dtype.element_ty
+
+        q_at = q_ptr + (row_R * q_stride + h * K)[:, None] + d_D[None, :]
+        k_at = k_ptr + (row_C * k_stride + h * K)[:, None] + d_D[None, :]
+        logit = tl.zeros((ROWS, COLUMNS), tl.float32)
+        for d in tl.range(0, K, CHUNK):
+            gamma = tl.load(gamma_q_ptr + d + d_D).to(tl.float32) * tl.load(gamma_k_ptr + d + d_D).to(tl.float32)
+            q = tl.load(q_at + d, mask=is_row[:, None], other=0.0).to(tl.float32)
+            k = tl.load(k_at + d, mask=seen[:, None], other=0.0)
+            logit = tl.dot((q * gamma[None, :]).to(dtype), tl.trans(k), logit, input_precision=PRECISION)
+
+        dy_at = dy_ptr + (row_R * dy_stride + h * V)[:, None] + d_D[None, :]
+        v_at = v_ptr + (row_C * v_stride + h * V)[:, None] + d_D[None, :]
+        dweight = tl.zeros((ROWS, COLUMNS), tl.float32)
+        for d in tl.range(0, V, CHUNK):
+            dy = tl.load(dy_at + d, mask=is_row[:, None], other=0.0)
+            v = tl.load(v_at + d, mask=seen[:, None], other=0.0)
+            dweight = tl.dot(dy, tl.trans(v), dweight, input_precision=PRECISION)
+
+        query_norm = tl.load(query_norm_ptr + row_R * H + h, mask=is_row, other=0.0)
+        key_norm = tl.load(key_norm_ptr + row_C * H + h, mask=seen, other=0.0)
+        lse = tl.load(lse_ptr + row_R * H + h, mask=is_row, other=float("inf"))
+        delta = tl.load(delta_ptr + row_R * H + h, mask=is_row, other=0.0)
+        norms = query_norm[:, None] * key_norm[None, :]
+        visible = seen[None, :] & (cached | (place_C[None, :] <= place_R[:, None]))
+        weight = tl.where(visible, tl.exp2(logit * norms * (scale * LOG2E) - lse[:, None]), 0.0)
+        if COMBINE:
+            dweight *= tl.sigmoid(tl.load(gate_ptr + h).to(tl.float32))
+        out = (unit.to(tl.int64) * H + h) * scratch_rows * scratch_columns + t * COLUMNS
+        at = place_R[:, None] * scratch_columns + c_C[None, :]
+        tl.store(weight_ptr + out + at, weight.to(dtype))
+        tl.store(dlogit_ptr + out + at, (weight * (dweight - delta[:, None]) * norms).to(dtype))
+
+
+def launch_delta(*, dy_MHV: Tensor, o_cache_MHV: Tensor, lse_MH: Tensor, sink_H: Tensor | None,
+                 gate_H: Tensor | None) -> tuple[Tensor, Tensor]:
+    """(delta [M, H], partial sums [tiles, H, 2] of the gradients of sink and of the gate's sigmoid times itself)."""
+    tokens, heads, value_dim = dy_MHV.shape
+    tiles = triton.cdiv(tokens, DELTA_ROWS)
+    delta_MH = torch.empty_like(lse_MH)
+    part = torch.empty(tiles, heads, 2, dtype=torch.float32, device=dy_MHV.device)
+    _delta_kernel[(tiles, heads)](
+        dy_MHV, o_cache_MHV, lse_MH, lse_MH if sink_H is None else sink_H, lse_MH if gate_H is None else gate_H,
+        delta_MH, part, tokens, heads, dy_MHV.stride(0), V=value_dim, ROWS=DELTA_ROWS, SINK=sink_H is not None,
+        COMBINE=gate_H is not None, num_warps=4)
+    return delta_MH, part
+
+
+def launch_pair_gradient(*, q_MHK: Tensor, k_RHK: Tensor, v_RHV: Tensor, dy_MHV: Tensor, query_norm_MH: Tensor,
+                         key_norm_RH: Tensor, gamma_q: Tensor, gamma_k: Tensor, gate_H: Tensor | None, lse_MH: Tensor,
+                         delta_MH: Tensor, slots_UHw: Tensor, units: UnitTable, incoming: bool,
+                         tile: Tile) -> tuple[Tensor, Tensor]:
+    """(P, D) [U, H, rows, places]: ceil(w / columns) tiles of slots, then the block's tokens.
+
+    Tiles that no query sees are not written.
+    """
+    heads, key_dim = q_MHK.shape[1:]
+    value_dim, slots = v_RHV.shape[2], slots_UHw.shape[2]
+    row_tiles, slot_tiles = triton.cdiv(units.size, tile.rows), triton.cdiv(slots, tile.columns)
+    column_tiles = slot_tiles + triton.cdiv(units.size, tile.columns)
+    shape = (units.units, heads, row_tiles * tile.rows, column_tiles * tile.columns)
+    weight, dlogit = (torch.empty(shape, dtype=k_RHK.dtype, device=q_MHK.device) for _ in range(2))
+    _pair_gradient_kernel[(units.units * heads * row_tiles * column_tiles,)](
+        q_MHK, k_RHK, v_RHV, dy_MHV, query_norm_MH, key_norm_RH, gamma_q, gamma_k,
+        lse_MH if gate_H is None else gate_H, lse_MH, delta_MH, slots_UHw, units.table, weight, dlogit,
+        q_MHK.stride(0), k_RHK.stride(0), v_RHV.stride(0), dy_MHV.stride(0), heads, slots, *shape[2:],
+        key_dim**-0.5, K=key_dim, V=value_dim, CHUNK=min(64, key_dim, value_dim), ROWS=tile.rows,
+        COLUMNS=tile.columns, SLOT_TILES=slot_tiles, ROW_TILES=row_tiles, COLUMN_TILES=column_tiles,
+        COMBINE=gate_H is not None, INCOMING=incoming, PRECISION="tf32x3", **tile.launch)
+    return weight, dlogit

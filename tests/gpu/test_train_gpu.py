@@ -1,0 +1,82 @@
+"""Training on a GPU against training on the CPU: same recipe, same tokens, same losses; then speed-critical choices."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent.parent
+
+PROGRAM = """
+import hola_megatron.quiet
+import json, sys, torch
+from hola_megatron.config import build_recipe
+from hola_megatron.data.stream import Batch
+from hola_megatron.engine.megatron import MegatronEngine
+from hola_megatron.parallel.groups import start, stop
+
+recipe = build_recipe(json.loads(sys.argv[1]))
+layout = start(recipe)
+engine = MegatronEngine(recipe, layout)
+generator = torch.Generator().manual_seed(5)
+rows = []
+for step in range(recipe.train.steps):
+    tokens = torch.randint(0, 264, (4, 513), generator=generator)
+    cuts = torch.tensor([0, 300, 512, 1024, 1030, 2048], dtype=torch.int32)
+    batch = Batch(tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous(), torch.ones(4, 512), cuts)
+    result = engine.train_step([batch], 1e-3)
+    rows.append([result.loss, result.grad_norm])
+print("ROWS " + json.dumps(rows))
+stop()
+"""
+
+RECIPE = {
+    "name": "gpu",
+    "model": {"layers": 3, "hidden_size": 128, "pattern": "HGA", "heads": 2, "key_dim": 64, "value_dim": 64,
+              "attention_heads": 2, "mlp_hidden_size": 256, "vocab_size": 264, "cache": {"block": 256, "slots": 64}},
+    "data": {"train": "unused", "tokenizer": "bytes"},
+    "train": {"sequence_length": 512, "global_batch_size": 4, "micro_batch_size": 4, "steps": 4,
+              "learning_rate": 1e-3, "precision": "fp32"},
+}
+
+
+def losses(device: str, *, precision: str = "fp32", **model: str) -> list[list[float]]:
+    recipe = json.loads(json.dumps(RECIPE))
+    recipe["train"]["precision"] = precision
+    recipe["model"] |= model
+    environment = {**os.environ, "NVIDIA_TF32_OVERRIDE": "0", "TORCHDYNAMO_DISABLE": "1"}
+    if device == "cpu":
+        environment["CUDA_VISIBLE_DEVICES"] = ""
+    done = subprocess.run([sys.executable, "-c", PROGRAM, json.dumps(recipe)], capture_output=True, text=True, cwd=ROOT,
+                          env=environment, check=False, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(next(line for line in done.stdout.splitlines() if line.startswith("ROWS "))[5:])
+
+
+@pytest.fixture(scope="module")
+def on_cpu() -> list[list[float]]:
+    return losses("cpu", backend="torch")
+
+
+@pytest.mark.parametrize("spec", ["local", "te"])
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_float32_on_the_gpu_is_float32_on_the_cpu(backend, spec, on_cpu):
+    if spec == "te":
+        pytest.importorskip("transformer_engine.pytorch", reason="Transformer Engine is not installed")
+    for want, have in zip(on_cpu, losses("cuda", backend=backend, layer_spec=spec), strict=True):
+        assert have[0] == pytest.approx(want[0], rel=1e-5)
+        assert have[1] == pytest.approx(want[1], rel=1e-3)
+
+
+@pytest.mark.parametrize("spec", ["local", "te"])
+def test_bf16_is_near_float32(spec, on_cpu):
+    if spec == "te":
+        pytest.importorskip("transformer_engine.pytorch", reason="Transformer Engine is not installed")
+    for want, have in zip(on_cpu, losses("cuda", precision="bf16", backend="triton", layer_spec=spec), strict=True):
+        assert have[0] == pytest.approx(want[0], rel=5e-3)
+        assert have[1] == pytest.approx(want[1], rel=5e-2)

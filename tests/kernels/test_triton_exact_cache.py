@@ -1,0 +1,99 @@
+"""The Triton exact read, selection, short convolution and gated norm under Triton's interpreter, tiny shapes.
+
+The interpreter must be chosen before triton is imported, so one test starts this same file
+again in a process of its own. It sees indexing, masks and formulas; miscompiles, rounding of
+16-bit products and races are for `python -m hola_kernels.verify` on a GPU.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from inputs import relative_error
+
+from hola_kernels import exact_read, gated_rms_norm, select_cache, short_conv
+
+if os.environ.get("TRITON_INTERPRET") != "1":
+    def test_under_the_interpreter():
+        pytest.importorskip("triton")
+        environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+        done = subprocess.run([sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", __file__],
+                              env=environment, capture_output=True, text=True, timeout=500, check=False)
+        assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
+else:
+    import test_gated_norm as norm_tests
+    import test_short_conv as conv_tests
+
+    from hola_kernels.exact_cache import selection_plan
+    from hola_kernels.exact_cache.verify_cases import limit, measure_pieces, measure_read
+    from hola_kernels.short_conv import triton_strips
+
+    TINY = {"heads": 1, "block": 16, "slots": 4, "device": "cpu"}
+
+    @pytest.fixture
+    def narrow_spans(monkeypatch):
+        """Spans of two blocks of 16, so that short sequences take every step of the selection."""
+        selection_plan._dense_plan.cache_clear()
+        monkeypatch.setattr(selection_plan, "CANDIDATES", 20)
+        yield
+        selection_plan._dense_plan.cache_clear()
+
+    def test_rows_of_two_documents_and_unequal_dimensions():
+        check(measure_read(dtype=torch.float32, key=16, value=32, lengths=[37, 37], **TINY))
+
+    def test_packed_documents_with_empty_and_one_token_ones():
+        check(measure_read(dtype=torch.float32, key=16, value=16, cuts=(0, 0, 1, 34, 52, 52), **TINY))
+
+    def test_blocks_wider_than_a_tile_and_slots_that_fill_none():
+        sizes = {**TINY, "block": 24, "slots": 20, "heads": 2}
+        check(measure_read(dtype=torch.float32, key=16, value=16, lengths=[60], read_norm="l2", **sizes))
+
+    def test_half_precision():
+        check(measure_read(dtype=torch.float16, key=32, value=16, lengths=[40], **TINY), "float16")
+
+    def test_pieces_hand_the_memory_on():
+        check(measure_pieces(dtype=torch.float32, bounds=(0, 7, 7, 20, 50), key=16, **TINY))
+
+    def test_without_a_sink_a_block_without_a_past_reads_itself():
+        x = torch.randn(1, 20, 1, 16)
+        shared = {"q": x, "k": x, "v": x, "score": x[..., 0].abs(), "gamma_q": torch.ones(16),
+                  "gamma_k": torch.ones(16), "sink": None, "block": 16, "slots": 4}
+        found, expected = (exact_read(**shared, backend=name)[0] for name in ("triton", "torch"))
+        assert relative_error(found, expected) < 1e-6
+
+    @pytest.mark.parametrize("cuts", [None, [0, 0, 1, 40, 96]])
+    def test_selection_equals_the_sorted_one_with_ties_over_spans(cuts, narrow_spans):
+        score = torch.randint(-2, 5, (1, 96, 1), generator=torch.Generator().manual_seed(2)).float()
+        options = {"block": 16, "slots": 4, "cu_seqlens": None if cuts is None else torch.tensor(cuts)}
+        found, expected = (select_cache(score=score, backend=name, **options) for name in ("triton", "torch"))
+        assert torch.equal(found, expected)
+
+    @pytest.mark.parametrize("width", [1, 2, 4])
+    @pytest.mark.parametrize("packed", [False, True])
+    def test_short_convolution(width, packed, monkeypatch):
+        monkeypatch.setattr(triton_strips, "STRIP", {"forward": 8, "backward": 6})
+        monkeypatch.setattr(triton_strips, "CHANNELS", 16)
+        cuts = conv_tests.CUTS if packed else None
+        options = {"cu_seqlens": torch.tensor(cuts)} if packed else {}
+        shape = (1, cuts[-1]) if packed else (2, 17)
+        inputs = conv_tests.make(*shape, channels=20, width=width, sequences=len(cuts) - 1 if packed else None,
+                                      dtype=torch.float32)
+        outputs = [short_conv(**inputs, return_tail=True, backend=name, **options) for name in ("triton", "torch")]
+        pairs = [*zip(*outputs, strict=True),
+                 *zip(*(conv_tests.gradients(o, inputs) for o in outputs), strict=True)]
+        assert max(relative_error(a, b) for a, b in pairs if b.numel()) < 1e-6
+
+    def test_gated_norm():
+        inputs = norm_tests.make(3, 7, 12, dtype=torch.float32)
+        found, expected = (gated_rms_norm(**inputs, backend=name) for name in ("triton", "torch"))
+        assert relative_error(found, expected) < 1e-6
+        gradients = (norm_tests.gradients(y, inputs) for y in (found, expected))
+        assert all(relative_error(a, b) < 1e-6 for a, b in zip(*gradients, strict=True))
+
+    def check(errors, dtype="float32"):
+        wrong = {output: error for output, error in errors.items() if not error < limit(dtype, output)}
+        assert len(errors) >= 7 and not wrong

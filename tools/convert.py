@@ -1,0 +1,81 @@
+"""Checkpoints to Hugging Face folders and back, proven by logits.
+
+    python tools/convert.py to-hf runs/hola_340m out/                    newest checkpoint, float32, verified
+    python tools/convert.py to-hf runs/hola_340m/checkpoints/step_00028610 out/ --dtype bf16
+    python tools/convert.py from-hf out/ runs/on                         the exported run goes on
+    python tools/convert.py from-hf out/ runs/new --recipe recipes/hola_340m.yaml train.lr=1e-4
+    python tools/convert.py verify runs/hola_340m out/
+
+Exit codes: 0 done, 2 not usable or not in agreement, 3 tokenizer.
+"""
+
+from __future__ import annotations
+
+import hola_megatron.quiet  # isort: skip  # noqa: F401
+
+import argparse
+from pathlib import Path
+
+from hola_megatron.checkpoint.folder import find_checkpoint
+from hola_megatron.config import load_recipe
+from hola_megatron.errors import run_cli
+from hola_megatron.hf.convert import DTYPES, ExportOptions, Verify, from_hf, to_hf
+from hola_megatron.hf.verify import verify
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+    out = commands.add_parser("to-hf", help="export a checkpoint")
+    out.add_argument("source", type=Path, help="run folder (its newest checkpoint) or one step_NNNNNNNN folder")
+    out.add_argument("out", type=Path, help="folder to make")
+    out.add_argument("--dtype", choices=DTYPES, default="fp32", help="fp32 loses nothing; default %(default)s")
+    out.add_argument("--tokenizer", help="where the tokenizer is now; default: where the recipe says")
+    out.add_argument("--overwrite", action="store_true", help="replace an earlier export at OUT")
+    back = commands.add_parser("from-hf", help="make a run folder from exported weights")
+    back.add_argument("folder", type=Path, help="exported folder")
+    back.add_argument("run", type=Path, help="run folder to make")
+    back.add_argument("--recipe", nargs="+", metavar=("RECIPE", "section.key=value"),
+                      help="start a new run of this recipe; default: the exported run goes on")
+    for command in (out, back):
+        command.add_argument("--shard-gb", type=float, default=5.0, help="largest weight file; default %(default)s")
+        command.add_argument("--no-verify", action="store_true", help="do not compare logits with the Megatron model")
+    check = commands.add_parser("verify", help="compare the logits of a checkpoint and an export")
+    check.add_argument("source", type=Path, help="run folder or one step_NNNNNNNN folder")
+    check.add_argument("folder", type=Path, help="exported folder")
+    return parser
+
+
+def main() -> int:
+    args = _parser().parse_args()
+    {"to-hf": _to_hf, "from-hf": _from_hf, "verify": _verify}[args.command](args)
+    return 0
+
+
+def _to_hf(args: argparse.Namespace) -> None:
+    options = ExportOptions(args.dtype, args.tokenizer, int(args.shard_gb * 1e9), args.overwrite)
+    to_hf(args.source, args.out, options, verify=_proof(args))
+    print(f"done: {args.out}")
+
+
+def _from_hf(args: argparse.Namespace) -> None:
+    recipe = load_recipe(args.recipe[0], args.recipe[1:]) if args.recipe else None
+    path = from_hf(args.folder, args.run, recipe, shard_bytes=int(args.shard_gb * 1e9), verify=_proof(args))
+    print(f"done: {path}\ntrain on: python -m hola_megatron.train {args.run / 'recipe.yaml'}")
+
+
+def _verify(args: argparse.Namespace) -> None:
+    verify(find_checkpoint(args.source), args.folder)
+    print("verified")
+
+
+def _proof(args: argparse.Namespace) -> Verify | None:
+    if not args.no_verify:
+        return verify
+    print("warning: --no-verify: the logits of this conversion have not been compared with the Megatron model's",
+          flush=True)
+    return None
+
+
+if __name__ == "__main__":
+    run_cli(main)

@@ -1,0 +1,76 @@
+"""Perplexity of a text under an exported model or a checkpoint.
+
+    python tools/evaluate.py out/ --text wikitext.test.txt
+    python tools/evaluate.py runs/hola_tiny --bundled valid --stream
+
+Texts may be .txt, .jsonl (each also .gz, .xz, .zst) or .parquet; a .txt file is one document.
+Exit codes: 0 done, 2 model not usable, 3 text or tokenizer not usable.
+"""
+
+from __future__ import annotations
+
+import hola_megatron.quiet  # isort: skip  # noqa: F401
+
+import argparse
+import json
+from pathlib import Path
+
+from hola_megatron.data.documents import BUNDLED_PARTS, DocumentReader, bundled_source, find_sources
+from hola_megatron.errors import RecipeError, run_cli
+from hola_megatron.evaluate.load import exported, greedy_sample, load
+from hola_megatron.evaluate.perplexity import perplexity
+from hola_megatron.hf.convert import DTYPES
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("path", type=Path, help="exported folder, run folder or checkpoint")
+    add("--text", nargs="+", default=[], help="files, folders or patterns")
+    add("--bundled", choices=BUNDLED_PARTS, help="use the Shakespeare text that comes with the project")
+    add("--text-field", default="text", help="key (jsonl) or column (parquet) of the text; default %(default)s")
+    add("--split-on", metavar="LINE", help="txt: a line equal to LINE parts documents ('' = blank lines)")
+    add("--window", type=int, help="tokens of a window; default: the length the model was trained at")
+    add("--stream", action="store_true", help="no windows: carry the memory through each document")
+    add("--batch", type=int, default=8, help="windows a forward pass; default %(default)s")
+    add("--dtype", choices=DTYPES, help="default: as stored")
+    add("--device", help="default: a GPU where there is one")
+    add("--tokenizer", help="for a checkpoint: where its tokenizer is now")
+    add("--prompt", help="also print the greedy continuation of this text")
+    add("--json", type=Path, metavar="FILE", help="also write the numbers there")
+    return parser
+
+
+def main() -> int:
+    args = _parser().parse_args()
+    _refuse(args)
+    sources = [bundled_source(args.bundled)] if args.bundled else find_sources(args.text)
+    with exported(args.path, args.tokenizer) as folder:
+        model, tokenizer = load(folder, dtype=DTYPES.get(args.dtype), device=args.device)
+    window = None if args.stream else args.window or model.config.max_position_embeddings
+    found = perplexity(model, tokenizer, DocumentReader(sources, args.text_field, args.split_on), window=window,
+                       batch=args.batch)
+    print(f"model                {args.path}, {model.num_parameters():,} parameters, {model.dtype}, {model.device}")
+    print(found)
+    if args.prompt is not None:
+        print(f"greedy sample        {greedy_sample(model, tokenizer, args.prompt, 48)!r}")
+    if args.json:
+        args.json.write_text(json.dumps(found.to_dict(), indent=1) + "\n", encoding="utf-8")
+    return 0
+
+
+def _refuse(args: argparse.Namespace) -> None:
+    problems = []
+    if bool(args.text) == bool(args.bundled):
+        problems.append("--text: give either --text FILE... or --bundled train|valid")
+    if args.stream and args.window:
+        problems.append("--window: has no meaning with --stream; give one of the two")
+    for name in ("window", "batch"):
+        if getattr(args, name) is not None and getattr(args, name) < 1:
+            problems.append(f"--{name}: {getattr(args, name)} must be at least 1")
+    if problems:
+        raise RecipeError(problems)
+
+
+if __name__ == "__main__":
+    run_cli(main)
