@@ -4,6 +4,8 @@
     python tools/convert.py to-hf runs/hola_340m/checkpoints/step_00028610 out/ --dtype bf16
     python tools/convert.py from-hf out/ runs/on                         the exported run goes on
     python tools/convert.py from-hf out/ runs/new --recipe recipes/hola_340m.yaml train.lr=1e-4
+    python tools/convert.py from-fla gated_deltanet-1.3B/ out/ --exact-cache
+    python tools/convert.py to-fla out_gdn/ out_fla/
     python tools/convert.py verify runs/hola_340m out/
 
 Exit codes: 0 done, 2 not usable or not in agreement, 3 tokenizer.
@@ -17,9 +19,10 @@ import argparse
 from pathlib import Path
 
 from hola_megatron.checkpoint.folder import find_checkpoint
-from hola_megatron.config import load_recipe
+from hola_megatron.config import CacheConfig, load_recipe
 from hola_megatron.errors import run_cli
 from hola_megatron.hf.convert import DTYPES, ExportOptions, Verify, from_hf, to_hf
+from hola_megatron.hf.fla import from_fla, to_fla
 from hola_megatron.hf.verify import verify
 
 
@@ -40,6 +43,15 @@ def _parser() -> argparse.ArgumentParser:
     for command in (out, back):
         command.add_argument("--shard-gb", type=float, default=5.0, help="largest weight file; default %(default)s")
         command.add_argument("--no-verify", action="store_true", help="do not compare logits with the Megatron model")
+    fla = commands.add_parser("from-fla", help="import a Gated DeltaNet of flash-linear-attention")
+    fla.add_argument("--exact-cache", action="store_true", help="as HOLA: a fresh exact cache on every GDN layer")
+    fla.add_argument("--dtype", choices=DTYPES, default="fp32", help="default %(default)s")
+    to = commands.add_parser("to-fla", help="export a Gated DeltaNet in flash-linear-attention's layout")
+    for command in (fla, to):
+        command.add_argument("folder", type=Path, help="folder of safetensors and config.json")
+        command.add_argument("out", type=Path, help="folder to make")
+        command.add_argument("--shard-gb", type=float, default=5.0, help="largest weight file; default %(default)s")
+        command.add_argument("--overwrite", action="store_true", help="replace an earlier one at OUT")
     check = commands.add_parser("verify", help="compare the logits of a checkpoint and an export")
     check.add_argument("source", type=Path, help="run folder or one step_NNNNNNNN folder")
     check.add_argument("folder", type=Path, help="exported folder")
@@ -48,7 +60,8 @@ def _parser() -> argparse.ArgumentParser:
 
 def main() -> int:
     args = _parser().parse_args()
-    {"to-hf": _to_hf, "from-hf": _from_hf, "verify": _verify}[args.command](args)
+    run = {"to-hf": _to_hf, "from-hf": _from_hf, "from-fla": _from_fla, "to-fla": _to_fla, "verify": _verify}
+    run[args.command](args)
     return 0
 
 
@@ -62,6 +75,18 @@ def _from_hf(args: argparse.Namespace) -> None:
     recipe = load_recipe(args.recipe[0], args.recipe[1:]) if args.recipe else None
     path = from_hf(args.folder, args.run, recipe, shard_bytes=int(args.shard_gb * 1e9), verify=_proof(args))
     print(f"done: {path}\ntrain on: python -m hola_megatron.train {args.run / 'recipe.yaml'}")
+
+
+def _from_fla(args: argparse.Namespace) -> None:
+    cache = CacheConfig() if args.exact_cache else None
+    from_fla(args.folder, args.out, cache, dtype=args.dtype, shard_bytes=int(args.shard_gb * 1e9),
+             overwrite=args.overwrite)
+    print(f"done: {args.out}\ntrain on: python tools/convert.py from-hf {args.out} RUN --recipe RECIPE")
+
+
+def _to_fla(args: argparse.Namespace) -> None:
+    to_fla(args.folder, args.out, shard_bytes=int(args.shard_gb * 1e9), overwrite=args.overwrite)
+    print(f"done: {args.out}")
 
 
 def _verify(args: argparse.Namespace) -> None:

@@ -197,7 +197,7 @@ class DocumentReader:
             names = file.schema_arrow.names
             if self._text_field not in names:
                 raise DataError(
-                    f"{source.path}: no column {self._text_field!r}, it has {', '.join(names)}; choose with --text-field"
+                    f"{source.path}: no column {self._text_field!r}, it has {', '.join(names)}; choose by --text-field"
                 )
             for batch in file.iter_batches(batch_size=1024, columns=[self._text_field]):
                 for value in batch.column(0).to_pylist():

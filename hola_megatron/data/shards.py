@@ -229,8 +229,8 @@ class ShardStore:
                 usable = False
             if not usable:
                 raise DataError(
-                    f"{where}: shard {number} is not an uncompressed MDS shard of {list(columns[0])} for sequence length"
-                    f" {self.info['sequence_length']} with {HASH}; prepare the dataset again with tools/prepare_data.py"
+                    f"{where}: shard {number} is not an uncompressed MDS shard of {list(columns[0])} for sequence"
+                    f" length {self.info['sequence_length']} with {HASH}; prepare the dataset again with tools/prepare_data.py"
                 )
         return shards
 
@@ -327,7 +327,7 @@ class _Remote:
                     return
             except DataError:
                 raise
-            except Exception as error:  # noqa: BLE001  each cloud library raises its own
+            except Exception as error:
                 failure = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
             finally:
                 for leftover in (partial, partial.with_name(partial.name + ".tmp")):

@@ -134,8 +134,9 @@ def write_record(folder: Path, record: dict[str, Any]) -> None:
 def _record(checkpoint: Checkpoint) -> dict[str, Any]:
     """What training knows of these weights: enough to go on from them."""
     manifest = checkpoint.manifest
-    kept = ("step", "trainer", "recipe", "tokenizer", "data_fingerprint", "code")
-    return {name: manifest.get(name) for name in kept}
+    kept = ("step", "trainer", "tokenizer", "data_fingerprint", "code")
+    # the run folder is a place on this machine, which no other needs to know
+    return {name: manifest.get(name) for name in kept} | {"recipe": manifest["recipe"] | {"run_dir": None}}
 
 
 def _as_stored(reader: TensorReader, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:

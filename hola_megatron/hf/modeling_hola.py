@@ -137,15 +137,15 @@ class HolaDeltaMixer(nn.Module):
 
     def _tokens(self, x: Tensor, cuts: Tensor | None, memory: DeltaMemory | None, decoding: bool) -> dict[str, Tensor]:
         """q, k, v [B, T, H, *], log_decay and beta [B, T, H] of every token."""
-        config, wide = self.config, _wide(x)
+        config = self.config
         keys, values = self.q_conv.weight.shape[0], self.v_conv.weight.shape[0]
         qkv = torch.cat([self.q_proj(x), self.k_proj(x), self.v_proj(x)], -1)
         qkv = self._convolve(qkv, cuts, memory, decoding)
         q, k, v = qkv.split([keys, keys, values], -1)
-        beta = self.b_proj(x).to(wide).sigmoid()
+        beta = self.b_proj(x).float().sigmoid()
         log_decay = torch.zeros_like(beta)
         if config.decay:
-            log_decay = -self.A_log.to(wide).exp() * F.softplus(self.a_proj(x).to(wide) + self.dt_bias.to(wide))
+            log_decay = -self.A_log.float().exp() * F.softplus(self.a_proj(x).float() + self.dt_bias.float())
         return {"q": q.unflatten(-1, (-1, config.key_dim)), "k": k.unflatten(-1, (-1, config.key_dim)),
                 "v": v.unflatten(-1, (-1, config.value_dim)), "log_decay": log_decay, "beta": beta}
 
@@ -406,16 +406,12 @@ def _vector(size: int) -> nn.Parameter:
     return nn.Parameter(torch.empty(size, dtype=torch.float32))
 
 
-def _wide(x: Tensor) -> torch.dtype:
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
-
-
 def _rotate(x_BHTK: Tensor, position_BT: Tensor, theta: float) -> Tensor:
     """Rotate halves of every head by position; fp32 inside."""
     width = x_BHTK.shape[-1]
     frequency = theta ** (-torch.arange(0, width, 2, device=x_BHTK.device, dtype=torch.float32) / width)
     angle = position_BT[:, None, :, None].float() * frequency
-    a, b = x_BHTK.to(_wide(x_BHTK)).chunk(2, -1)
+    a, b = x_BHTK.float().chunk(2, -1)
     cos, sin = angle.cos(), angle.sin()
     return torch.cat([a * cos - b * sin, b * cos + a * sin], -1).to(x_BHTK.dtype)
 

@@ -46,6 +46,11 @@ def _build_chunk(recipe: Recipe, config: HolaTransformerConfig, stage: int | Non
         position_embedding_type="none",
         vp_stage=stage,
     )
+    for module in chunk.modules():
+        if hasattr(module, "fuse_wgrad_accumulation"):
+            # Transformer Engine adds weight gradients up inside its matrix products; Megatron's own output
+            # projection would want apex for the same, so the common configuration leaves it off
+            module.fuse_wgrad_accumulation = True
     rows = recipe.model.mlp_hidden_size // recipe.parallel.tensor
     for layer in chunk.decoder.layers:
         layer.mlp.linear_fc1.weight.sections = (Section("gate", rows), Section("up", rows))

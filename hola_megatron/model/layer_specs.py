@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from functools import partial
 
-import torch
-from megatron.core.extensions.transformer_engine import HAVE_TE
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
@@ -17,24 +15,9 @@ from megatron.core.transformer.transformer_layer import (
     get_transformer_layer_offset,
 )
 
-from hola_megatron.config import ModelConfig
-from hola_megatron.errors import RecipeError
-from hola_megatron.model.config import HolaTransformerConfig
+from hola_megatron.model.config import HolaTransformerConfig, choose_spec
 from hola_megatron.model.mixer import AttentionMixer, DeltaMixer, MixerSubmodules
 from hola_megatron.model.norm import RMSNorm
-
-
-def choose_spec(model: ModelConfig) -> tuple[str, str]:
-    """("local" or "te", why): what `model.layer_spec` means on this machine."""
-    usable = HAVE_TE and torch.cuda.is_available()
-    if model.layer_spec == "te" and not usable:
-        raise RecipeError("model.layer_spec: te needs Transformer Engine and a CUDA device; install the extra "
-                          "hola-megatron[te], or set model.layer_spec=local")
-    if model.layer_spec != "auto":
-        return model.layer_spec, "named by the recipe"
-    if usable:
-        return "te", "Transformer Engine is installed"
-    return "local", "no CUDA device" if not torch.cuda.is_available() else "Transformer Engine is not installed"
 
 
 def block_spec(config: HolaTransformerConfig, pipeline_rank: int, vp_stage: int | None) -> TransformerBlockSubmodules:

@@ -139,10 +139,11 @@ class DeltaMixer(Mixer):
     def _tokens(self, projected_BSF: Tensor, cuts: Tensor | None) -> tuple[dict[str, Tensor], Tensor]:
         """q, k, v, log_decay and beta of every token, and the output gate [B, S, H, V]."""
         model, heads = self.model, self.model.heads // self.tp_size
-        qkv, gate, rest = projected_BSF.split(
-            [2 * self.key_rows + self.value_rows, self.value_rows, sum(self.sections[4:])], -1)
-        qkv = short_conv(x=qkv, weight=self.conv_weight, cu_seqlens=cuts, backend=model.backend)
-        q, k, v = qkv.split([self.key_rows, self.key_rows, self.value_rows], -1)
+        *qkv, gate, rest = projected_BSF.split([*self.sections[:4], sum(self.sections[4:])], -1)
+        # one convolution a section, so that each of q, k, v comes out in one piece of memory
+        weights = self.conv_weight.split(self.sections[:3])
+        q, k, v = (short_conv(x=x, weight=weight, cu_seqlens=cuts, backend=model.backend)
+                   for x, weight in zip(qkv, weights, strict=True))
         beta = rest[..., :heads].float().sigmoid()
         if model.decay:
             log_decay = -self.A_log.exp() * F.softplus(rest[..., heads:].float() + self.dt_bias)

@@ -11,8 +11,8 @@ from hola_megatron.checkpoint.save_load import TrainerState
 from hola_megatron.config import Recipe, micro_batches
 from hola_megatron.data.stream import Mixture
 from hola_megatron.engine.megatron import MegatronEngine
+from hola_megatron.model.config import choose_spec
 from hola_megatron.model.flops import flops_per_token, matmul_parameters, peak_flops
-from hola_megatron.model.layer_specs import choose_spec
 from hola_megatron.monitor.console import code_version, device_name, short
 from hola_megatron.parallel.groups import Layout
 

@@ -23,10 +23,11 @@ from hola_megatron.parallel.groups import Layout, start
 # first match wins: (part, what a GPU kernel's name contains)
 PARTS = (
     ("communication", ("nccl",)),
-    ("exact read and selection", ("select", "read", "query_gradient", "key_gradient", "cache")),
-    ("state", ("gated_delta", "walk", "prepare", "wy_", "delta")),
+    ("exact read and selection", ("select", "read", "query_gradient", "key_gradient", "pair_gradient", "top_slots",
+                                  "inverse_norm", "delta_kernel")),
+    ("state", ("walk", "prepare", "recompute", "chunk_grad", "states")),
     ("short convolution", ("conv", "strip")),
-    ("output norm", ("gated_norm", "gated_rms")),
+    ("output norm", ("gated",)),
     ("norms", ("rms_norm", "rmsnorm", "layer_norm", "layernorm")),
     ("matrix products", ("gemm", "nvjet", "cutlass", "cublas", "matmul", "xmma")),
     ("optimizer", ("adam", "multi_tensor", "lpnorm")),
@@ -143,7 +144,7 @@ def _share_by_part(engine: Any, batches: list[Batch], recipe: Recipe, trace: Pat
             parts[part_of(event.name)] += milliseconds
             names[event.name] += milliseconds
     parts["idle"] = max(wall - sum(parts.values()), 0.0)
-    top = sorted(names.items(), key=lambda item: -item[1])[:15]
+    top = sorted(names.items(), key=lambda item: -item[1])[:32]
     return {**dict(sorted(parts.items(), key=lambda item: -item[1])),
             **{f"kernel: {name[:70]}": value for name, value in top}}
 

@@ -22,7 +22,8 @@ def adapt_to_cpu() -> list[str]:
     """Apply every adaptation, once; returns their names (empty on a machine with CUDA)."""
     if torch.cuda.is_available():
         return []
-    adaptations = (generators, current_device, synchronize, tensor_cuda, factories, streams, tensor_type)
+    adaptations = (generators, current_device, synchronize, tensor_cuda, factories, streams, tensor_type,
+                   fused_optimizer)
     for adapt in adaptations:
         adapt()
     return [adapt.__name__ for adapt in adaptations]
@@ -95,6 +96,20 @@ def streams() -> None:
     torch.cuda.Stream = torch.cuda.Event = NoStream
     torch.cuda.stream = lambda stream: contextlib.nullcontext()
     torch.Tensor.record_stream = lambda self, stream: None
+
+
+def fused_optimizer() -> None:
+    """Clipping and Adam take Transformer Engine's CUDA kernels wherever that package can be imported."""
+    import megatron.core.optimizer as optimizers
+    from megatron.core import utils
+    from megatron.core.optimizer import clip_grads, optimizer
+
+    optimizers.USING_PYTORCH_OPTIMIZER = True
+    for module in (clip_grads, optimizer):
+        module.multi_tensor_applier = utils.local_multi_tensor_applier
+        module.multi_tensor_scale_impl = utils.local_multi_tensor_scale
+    clip_grads.l2_norm_impl = utils.local_multi_tensor_l2_norm
+    clip_grads.multi_tensor_scale_tensor_impl = None
 
 
 def tensor_type() -> None:

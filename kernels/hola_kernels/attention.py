@@ -14,12 +14,15 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from hola_kernels.backend import choose_backend
 from hola_kernels.checks import check_memory, check_tokens, segments_of
 from hola_kernels.errors import KernelError
 from hola_kernels.exact_cache import exact_read
-from hola_kernels.gated_delta import gated_delta_rule
+from hola_kernels.exact_cache.read_configs import read_refusal
+from hola_kernels.gated_delta import gated_delta_rule, triton_refusal
 from hola_kernels.gated_delta.step import gated_delta_step
 from hola_kernels.norms import compute_dtype, read_normalize
+from hola_kernels.segments import dense_cu_seqlens
 from hola_kernels.state import HolaState
 
 SCORES = ("betae", "e", "betav", "recency", "random")
@@ -45,6 +48,9 @@ def hola_attention(*, q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, beta: 
     check_tokens(q, k, v, log_decay, beta, cu_seqlens)
     _check_choices(score, read_norm)
     cuts = segments_of(q, cu_seqlens)
+    if state is None and not return_state and _is_fused(backend, score, q, k, v):
+        return _fused(q, k, v, log_decay, beta, gamma_q, gamma_k, gate, sink, block, slots, score, read_norm,
+                      cu_seqlens, cuts)
     memory = check_memory(state, cuts.numel() - 1, k, v, block, slots)
     o_state, written, final_state = gated_delta_rule(
         q=q, k=k, v=v, log_decay=log_decay, beta=beta, cu_seqlens=cu_seqlens, initial_state=memory.state,
@@ -76,6 +82,29 @@ def hola_attention_step(*, q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, b
     o_cache = _read_step(q, gamma_q, gamma_k, sink, read_norm, state)
     _close_full_blocks(state)
     return (o_state + gate.to(wide).sigmoid()[:, None] * o_cache).to(out_dtype)
+
+
+def _is_fused(backend: str, score: str, q: Tensor, k: Tensor, v: Tensor) -> bool:
+    """Whether the whole operation runs as one Triton function: both parts would run on Triton anyway."""
+    if score in ("recency", "random"):
+        return False
+    return choose_backend(backend, q.device, triton_refusal(q, k, v) or read_refusal(k, v)) == "triton"
+
+
+def _fused(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, beta: Tensor, gamma_q: Tensor, gamma_k: Tensor,
+           gate: Tensor, sink: Tensor | None, block: int, slots: int, score: str, read_norm: str,
+           cu_seqlens: Tensor | None, cuts: Tensor) -> Tensor:
+    from hola_kernels.triton_attention import hola_attention_triton  # on first use: triton may be missing
+
+    if block < 1 or slots < 1:
+        raise KernelError(f"block = {block} and slots = {slots} must be at least 1")
+    dense = cu_seqlens is None
+    host = dense_cu_seqlens(q.shape[0], q.shape[1], torch.device("cpu")) if dense else cu_seqlens
+    o = hola_attention_triton(
+        q_MHK=q.flatten(0, 1), k_MHK=k.flatten(0, 1), v_MHV=v.flatten(0, 1), log_decay_MH=log_decay.flatten(0, 1),
+        beta_MH=beta.flatten(0, 1), gamma_q=gamma_q, gamma_k=gamma_k, gate_H=gate, sink_H=sink, block=block,
+        slots=slots, score=score, read_norm=read_norm, cu_seqlens=host, cuts=cuts, dense=dense)
+    return o.view(v.shape)
 
 
 def _check_choices(score: str, read_norm: str) -> None:
@@ -148,7 +177,8 @@ def _close_full_blocks(state: HolaState) -> None:
     best = both[0].sort(dim=-1, descending=True, stable=True).indices[..., : state.slots]
     # by position, empty slots (position -1) last, as a full pass leaves them
     where = both[1].gather(-1, best)
-    best = best.gather(-1, torch.where(where < 0, torch.iinfo(torch.int64).max, where).sort(dim=-1, stable=True).indices)
+    last = torch.iinfo(torch.int64).max
+    best = best.gather(-1, torch.where(where < 0, last, where).sort(dim=-1, stable=True).indices)
     for old, merged in zip(kept, both, strict=True):
         index = best if merged.ndim == 3 else best[..., None].expand(*best.shape, merged.shape[-1])
         old[rows] = merged.gather(2, index)

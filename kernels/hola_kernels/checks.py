@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from hola_kernels.errors import KernelError
+from hola_kernels.memo import remember
 from hola_kernels.segments import dense_cu_seqlens
 from hola_kernels.state import HolaState
 
@@ -29,15 +30,20 @@ def check_cu_seqlens(x: Tensor, cu_seqlens: Tensor | None) -> None:
         return
     if x.shape[0] != 1:
         raise KernelError(f"cu_seqlens needs B = 1 (documents packed in one row), got B = {x.shape[0]}")
-    bad = cu_seqlens.ndim != 1 or cu_seqlens.is_floating_point() or cu_seqlens.numel() < 2
-    if bad or int(cu_seqlens[0]) != 0 or int(cu_seqlens[-1]) != x.shape[1] or bool((cu_seqlens.diff() < 0).any()):
+    if not remember(cu_seqlens, ("cuts", x.shape[1]), lambda: _are_cuts(cu_seqlens, x.shape[1])):
         raise KernelError(f"cu_seqlens must be integers rising from 0 to T = {x.shape[1]}, at least two")
+
+
+def _are_cuts(cu_seqlens: Tensor, tokens: int) -> bool:
+    if cu_seqlens.ndim != 1 or cu_seqlens.is_floating_point() or cu_seqlens.numel() < 2:
+        return False
+    return int(cu_seqlens[0]) == 0 and int(cu_seqlens[-1]) == tokens and not bool((cu_seqlens.diff() < 0).any())
 
 
 def segments_of(x: Tensor, cu_seqlens: Tensor | None) -> Tensor:
     """cu_seqlens of the flattened tokens x [B, T, ...]: as given, or one segment a row."""
     if cu_seqlens is not None:
-        return cu_seqlens.to(device=x.device, dtype=torch.int64)
+        return remember(cu_seqlens, ("on", x.device), lambda: cu_seqlens.to(x.device, torch.int64, non_blocking=True))
     return dense_cu_seqlens(x.shape[0], x.shape[1], x.device)
 
 

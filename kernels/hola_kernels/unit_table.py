@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from hola_kernels.memo import remember
 from hola_kernels.segments import dense_cu_seqlens
 
 START, COUNT, ORDINAL, FOLLOWING, SEGMENT, COLUMNS = 0, 1, 2, 3, 4, 5
@@ -39,7 +40,7 @@ def unit_table(cuts: Tensor, tokens: int, size: int, dense: bool) -> UnitTable:
     """cuts [N + 1] int64 on the device; dense: all N segments have tokens / N tokens."""
     if dense:
         return _dense_table(cuts.numel() - 1, tokens, size, cuts.device)
-    return _build(cuts, size, tokens // size + cuts.numel() - 1)
+    return remember(cuts, ("units", size, tokens), lambda: _build(cuts, size, tokens // size + cuts.numel() - 1))
 
 
 @functools.lru_cache(maxsize=64)

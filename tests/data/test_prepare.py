@@ -168,7 +168,7 @@ def test_bundled_text_is_whole_and_varied():
         speeches = [s.strip("\n") for s in file.read().split("\n\n") if s.strip()]
     assert "".join(parts["train"] + parts["valid"]) == "".join(s + "\n\n" for s in speeches)
     lengths = [len(d) for documents in parts.values() for d in documents]
-    assert 200 <= min(lengths) and max(lengths) <= 8000
+    assert min(lengths) >= 200 and max(lengths) <= 8000
     assert 0.03 < sum(map(len, parts["valid"])) / sum(lengths) < 0.07
 
 

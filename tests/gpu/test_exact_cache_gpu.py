@@ -26,7 +26,8 @@ def test_short_convolution(cuts, dtype, tolerance):
     shapes = {"x": shape, "weight": (520, 4), "tail": (sequences, 3, 520)}
     narrow = {n: torch.randn(*s, device="cuda").to(dtype).requires_grad_() for n, s in shapes.items()}
     options = {} if cuts is None else {"cu_seqlens": torch.tensor(cuts, device="cuda")}
-    compare(lambda inputs, backend: short_conv(**inputs, **options, return_tail=True, backend=backend), narrow, tolerance)
+    compare(lambda inputs, backend: short_conv(**inputs, **options, return_tail=True, backend=backend), narrow,
+            tolerance)
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.bfloat16, 4e-3)])

@@ -24,7 +24,8 @@ def make_inputs(batch: int, length: int, *, heads: int = 2, key: int = 16, value
     made = {
         "q": normal(batch, length, heads, key), "k": normal(batch, length, heads, key) * 2,
         "v": normal(batch, length, heads, value), "log_decay": log_decay, "beta": beta,
-        "gamma_q": 1 + 0.3 * normal(key), "gamma_k": 1 + 0.3 * normal(key), "gate": normal(heads), "sink": normal(heads),
+        "gamma_q": 1 + 0.3 * normal(key), "gamma_k": 1 + 0.3 * normal(key), "gate": normal(heads),
+        "sink": normal(heads),
     }
     return {name: x.to(dtype).requires_grad_() for name, x in made.items()}
 
@@ -39,5 +40,5 @@ def gradients(output: Tensor, inputs: dict[str, Tensor], seed: int = 1) -> dict[
 
 def relative_error(found: Tensor, expected: Tensor) -> float:
     """RMS of the difference over RMS of what is expected; NaN never passes a comparison."""
-    scale = expected.double().norm().clamp_min(1e-30)
-    return float((found.double() - expected.double()).norm() / scale)
+    found, expected = found.detach().double(), expected.detach().double()
+    return float((found - expected).norm() / expected.norm().clamp_min(1e-30))

@@ -15,7 +15,6 @@ from hola_kernels.exact_cache.torch_blocks import exact_read_blocks, read_mass_b
 from hola_kernels.state import HolaState
 
 
-
 def _exact_read_triton(*arguments: object, **options: bool) -> tuple[Tensor, HolaState]:
     from hola_kernels.exact_cache.triton_read import exact_read_triton  # on first use: triton may be missing
 

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from hola_kernels.memo import remember
 from hola_kernels.segments import dense_cu_seqlens
 
 CANDIDATES = 2048  # places of one tile of the selection kernel
@@ -52,7 +53,8 @@ def selection_plan(cuts: Tensor, tokens: int, block: int, slots: int, units: int
     """cuts [N + 1] int64 on the device; units: rows of the unit table; incoming: segments bring a cache."""
     if dense:
         return _dense_plan(cuts.numel() - 1, tokens, block, slots, units, incoming, cuts.device)
-    return _build(cuts, tokens, tokens, block, slots, units, incoming)
+    return remember(cuts, ("plan", tokens, block, slots, units, incoming),
+                    lambda: _build(cuts, tokens, tokens, block, slots, units, incoming))
 
 
 @functools.lru_cache(maxsize=64)

@@ -64,6 +64,8 @@ def _read_forward_kernel(q_ptr, k_ptr, v_ptr, key_norm_ptr, gamma_q_ptr, gamma_k
         d_K, d_V, c_C = tl.arange(0, K), tl.arange(0, V), tl.arange(0, COLUMNS)
         dtype = k_ptr.dtype.element_ty
 
+        slots_at = slots_ptr + (unit.to(tl.int64) * H + h) * w
+        slot_row = tl.load(slots_at + c_C, mask=c_C < w, other=-1)
         gamma = tl.load(gamma_q_ptr + d_K).to(tl.float32) * tl.load(gamma_k_ptr + d_K).to(tl.float32)
         q = tl.load(q_ptr + (row_R * q_stride + h * K)[:, None] + d_K[None, :], mask=is_row[:, None], other=0.0)
         q = q.to(tl.float32)
@@ -84,8 +86,6 @@ def _read_forward_kernel(q_ptr, k_ptr, v_ptr, key_norm_ptr, gamma_q_ptr, gamma_k
             highest = tl.full((ROWS,), float("-inf"), tl.float32)
             total = tl.zeros((ROWS,), tl.float32)
         o = tl.zeros((ROWS, V), tl.float32)
-        slots_at = slots_ptr + (unit.to(tl.int64) * H + h) * w
-        slot_row = tl.load(slots_at + c_C, mask=c_C < w, other=-1)
         first = 0 if INCOMING else tl.where(ordinal > 0, 0, SLOT_TILES)  # the first block has no past
         last = SLOT_TILES + tl.cdiv(tl.minimum(count, (tile + 1) * ROWS), COLUMNS)
         for t in tl.range(first, last):
@@ -154,8 +154,9 @@ def launch_read_forward(*, q_MHK: Tensor, k_RHK: Tensor, v_RHV: Tensor, key_norm
     _read_forward_kernel[(units.units * heads * row_tiles,)](
         q_MHK, k_RHK, v_RHV, key_norm_RH, gamma_q, gamma_k, unused if sink_H is None else sink_H,
         gate_H if combine else unused, o_state_MHV if combine else unused, slots_UHw, units.table, y, o_cache, lse_MH,
-        query_norm_MH, staged_MHK, q_MHK.stride(0), k_RHK.stride(0), v_RHV.stride(0), o_state_MHV.stride(0) if combine else 0, heads, slots,
-        mean, key_dim**-0.5, K=key_dim, V=value_dim, ROWS=tile.rows, COLUMNS=tile.columns,
-        SLOT_TILES=triton.cdiv(slots, tile.columns), ROW_TILES=row_tiles, SINK=sink_H is not None, COMBINE=combine,
-        INCOMING=incoming, STAGED=tile.staged, PRECISION="tf32x3", **tile.launch)
+        query_norm_MH, staged_MHK, q_MHK.stride(0), k_RHK.stride(0), v_RHV.stride(0),
+        o_state_MHV.stride(0) if combine else 0, heads, slots, mean, key_dim**-0.5, K=key_dim, V=value_dim,
+        ROWS=tile.rows, COLUMNS=tile.columns, SLOT_TILES=triton.cdiv(slots, tile.columns), ROW_TILES=row_tiles,
+        SINK=sink_H is not None, COMBINE=combine, INCOMING=incoming, STAGED=tile.staged, PRECISION="tf32x3",
+        **tile.launch)
     return y, o_cache, lse_MH, query_norm_MH

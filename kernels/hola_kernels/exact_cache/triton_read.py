@@ -24,6 +24,7 @@ from hola_kernels.segments import cut_units
 from hola_kernels.state import HolaState
 from hola_kernels.unit_table import UnitTable, unit_table
 
+
 @dataclass(frozen=True)
 class Blocks:
     """The token stream cut into blocks, and what each block's cache is chosen from."""
@@ -70,8 +71,8 @@ class ExactRead(torch.autograd.Function):
 
 def exact_read_backward(*, q: Tensor, k: Tensor, v: Tensor, gamma_q: Tensor, gamma_k: Tensor, sink: Tensor | None,
                         gate: Tensor | None, key_norm: Tensor, o_cache: Tensor, lse: Tensor, query_norm: Tensor,
-                        slots_UHw: Tensor, blocks: Blocks, mean: float, dy: Tensor, into: tuple[Tensor, Tensor, Tensor] | None = None,
-                        ) -> tuple[Tensor | None, ...]:
+                        slots_UHw: Tensor, blocks: Blocks, mean: float, dy: Tensor,
+                        into: tuple[Tensor, Tensor, Tensor] | None = None) -> tuple[Tensor | None, ...]:
     """(dq, dk, dv, d gamma_q, d gamma_k, d sink, d gate); `into`: contiguous (dq, dk, dv) to add to in place."""
     add = into is not None
     dq, dk, dv = into if add else (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
@@ -79,14 +80,13 @@ def exact_read_backward(*, q: Tensor, k: Tensor, v: Tensor, gamma_q: Tensor, gam
     delta, head_part = launch_delta(dy_MHV=dy, o_cache_MHV=o_cache, lse_MH=lse, sink_H=sink, gate_H=gate)
     shared = {"q_MHK": q, "k_RHK": k, "gamma_q": gamma_q, "gamma_k": gamma_k, "slots_UHw": slots_UHw,
               "units": blocks.units, "incoming": blocks.incoming}
-    weight, dlogit = launch_pair_gradient(
+    pairs = launch_pair_gradient(
         v_RHV=v, dy_MHV=dy, query_norm_MH=query_norm, key_norm_RH=key_norm, gate_H=gate, lse_MH=lse, delta_MH=delta,
         tile=config.pair_gradient, **shared)
-    shared |= {"dlogit": dlogit, "mean": mean, "add": add}
+    shared |= {"pairs": pairs, "mean": mean, "add": add}
     gamma_part = launch_query_gradient(query_norm_MH=query_norm, dq_MHK=dq, tile=config.query_gradient, **shared)
-    own_column = -(-blocks.slots // config.pair_gradient.columns) * config.pair_gradient.columns
-    launch_key_gradient(key_norm_RH=key_norm, dy_MHV=dy, gate_H=gate, weight=weight, own_column=own_column, dk_RHK=dk,
-                        dv_RHV=dv, tile=config.key_gradient, **shared)
+    launch_key_gradient(key_norm_RH=key_norm, dy_MHV=dy, gate_H=gate, dk_RHK=dk, dv_RHV=dv, tile=config.key_gradient,
+                        **shared)
     gamma_both, heads = gamma_part.sum(0), head_part.sum(0)
     dsink = None if sink is None else heads[:, 0].to(sink.dtype)
     dgate = None

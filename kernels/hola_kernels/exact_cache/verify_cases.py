@@ -50,7 +50,8 @@ def limit(name: str, output: str) -> float:
 
 def measure_read(*, dtype: torch.dtype, key: int, value: int, lengths: list[int] | None = None,
                  cuts: tuple[int, ...] | None = None, heads: int = 2, block: int = 256, slots: int = 64,
-                 read_norm: str = "rms", config: object = None, seed: int = 0, device: str = "cuda") -> dict[str, float]:
+                 read_norm: str = "rms", config: object = None, seed: int = 0,
+                 device: str = "cuda") -> dict[str, float]:
     """Errors of the combined read and all its gradients: rows of equal `lengths`, or documents cut at `cuts`."""
     from hola_kernels.exact_cache import read_configs, triton_read
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
 
@@ -10,16 +12,17 @@ from hola_kernels.checks import check_tokens, segments_of
 from hola_kernels.gated_delta.reference import gated_delta_reference
 from hola_kernels.gated_delta.torch_chunked import gated_delta_chunked
 from hola_kernels.norms import compute_dtype
+from hola_kernels.segments import dense_cu_seqlens
 
 TRITON_DIMENSIONS = (64, 128, 256)
 TRITON_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
-def _gated_delta_triton(*arguments: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+def _gated_delta_triton(*arguments: Tensor | None, **options: int | None) -> tuple[Tensor, Tensor, Tensor]:
     # imported when first used: importing triton needs neither be possible nor cost time where torch runs
     from hola_kernels.gated_delta.triton_rule import gated_delta_triton
 
-    return gated_delta_triton(*arguments)
+    return gated_delta_triton(*arguments, **options)
 
 
 IMPLEMENTATIONS = {"reference": gated_delta_reference, "torch": gated_delta_chunked, "triton": _gated_delta_triton}
@@ -43,7 +46,7 @@ def gated_delta_rule(*, q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, beta
     flat = [x.flatten(0, 1) for x in (q, k, v, log_decay, beta)]
     if backend == "triton":
         # as given, not copied to the device: the kernels keep one layout for each cu_seqlens they have seen
-        cuts = segments_of(q, None) if cu_seqlens is None else cu_seqlens
+        cuts = _dense_cuts(*q.shape[:2]) if cu_seqlens is None else cu_seqlens
     else:
         cuts = segments_of(q, cu_seqlens)
         if initial_state is None:
@@ -51,6 +54,12 @@ def gated_delta_rule(*, q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, beta
                                         dtype=compute_dtype(v), device=q.device)
     o, score, state = IMPLEMENTATIONS[backend](*flat, cuts, initial_state)
     return o.view_as(v).to(v.dtype), score.view_as(beta), state
+
+
+@functools.lru_cache(maxsize=256)
+def _dense_cuts(batch: int, length: int) -> Tensor:
+    """One tensor for a shape, on the CPU: its layout is found again, and nothing waits for the device."""
+    return dense_cu_seqlens(batch, length, torch.device("cpu"))
 
 
 def triton_refusal(q: Tensor, k: Tensor, v: Tensor) -> str | None:

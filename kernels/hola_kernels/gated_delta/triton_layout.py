@@ -21,11 +21,13 @@ class Layout:
     """chunks [U, 2] int32: first token and number of tokens of each chunk
     spans [P, 3] int32: first token, end token, first chunk of each span
     segment_spans [N, 2] int32: first span of each segment and how many it has (at least one, maybe empty)
+    most_spans: of any segment; 1 when nothing is split
     """
 
     chunks: Tensor
     spans: Tensor
     segment_spans: Tensor
+    most_spans: int
 
     @property
     def chunk_count(self) -> int:
@@ -40,22 +42,33 @@ class Layout:
         return self.segment_spans.shape[0]
 
 
-_layouts: dict[tuple[int, str, int], tuple[weakref.ref, Layout]] = {}
+_known: dict[int, tuple[weakref.ref, list[int], dict[tuple[str, int], Layout]]] = {}
+
+
+def cuts_of(cu_seqlens: Tensor) -> list[int]:
+    """The cuts as numbers, kept as long as that very tensor lives.
+
+    Reading them waits for the device once when the tensor is new and lies there, never when it lies on the CPU.
+    """
+    return _remember(cu_seqlens)[1]
 
 
 def layout_of(cu_seqlens: Tensor, device: torch.device, span_chunks: int) -> Layout:
-    """The layout of segments cut at cu_seqlens [N + 1], kept as long as that very tensor lives.
+    """The layout of segments cut at cu_seqlens [N + 1] in spans of at most span_chunks, kept like the cuts."""
+    _, cuts, layouts = _remember(cu_seqlens)
+    key = (str(device), span_chunks)
+    if key not in layouts:
+        layouts[key] = cut_spans(cuts, device, span_chunks)
+    return layouts[key]
 
-    span_chunks: the most chunks a span may have. Reading cu_seqlens waits for the device once when the
-    tensor is new and lies there, and never when it lies on the CPU.
-    """
-    key = (id(cu_seqlens), str(device), span_chunks)
-    known = _layouts.get(key)
-    if known is not None and known[0]() is cu_seqlens:
-        return known[1]
-    layout = cut_spans(cu_seqlens.tolist(), device, span_chunks)
-    _layouts[key] = (weakref.ref(cu_seqlens, lambda _: _layouts.pop(key, None)), layout)
-    return layout
+
+def _remember(cu_seqlens: Tensor) -> tuple[weakref.ref, list[int], dict[tuple[str, int], Layout]]:
+    key = id(cu_seqlens)
+    known = _known.get(key)
+    if known is None or known[0]() is not cu_seqlens:
+        known = (weakref.ref(cu_seqlens, lambda _: _known.pop(key, None)), cu_seqlens.tolist(), {})
+        _known[key] = known
+    return known
 
 
 def cut_spans(cuts: list[int], device: torch.device, span_chunks: int) -> Layout:
@@ -69,8 +82,9 @@ def cut_spans(cuts: list[int], device: torch.device, span_chunks: int) -> Layout
     def table(*columns: Tensor) -> Tensor:
         return torch.stack(columns, 1).to(torch.int32).to(device, non_blocking=True)
 
+    longest = int(spans_of.max()) if spans_of.numel() else 0
     return Layout(table(chunk_first, chunk_last - chunk_first), table(span_first, span_last, span_chunk),
-                  table(first_span, spans_of))
+                  table(first_span, spans_of), longest)
 
 
 def _cut(start: Tensor, end: Tensor, size: int, at_least: int = 0) -> tuple[Tensor, Tensor, Tensor]:

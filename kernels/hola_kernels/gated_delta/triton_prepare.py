@@ -22,7 +22,9 @@ from torch import Tensor
 from hola_kernels.norms import L2_EPS
 from hola_kernels.triton_config import launch_of
 
-SOLVE_PRECISION = "tf32x3"  # of the products that join the blocks
+# of the products that join the blocks, for 16-bit and for fp32 inputs; plain tf32 loses half of the 16-bit digits
+# where keys are nearly equal and beta is near 1
+SOLVE_PRECISION = {2: "bf16x3", 4: "tf32x3"}
 
 # rows of the scales buffer [U, H, SCALES, 64], zero past the end of a chunk
 SCALES = 8
@@ -52,17 +54,18 @@ def _prepare_kernel(q, k, log_decay, beta, chunks, scales, solve, attend,
 
     g = tl.cumsum(g, 0)
     g_end = tl.sum(tl.where(place == C - 1, g, 0.0), 0)
-    kk_CC, qk_CC = tl.zeros([C, C], tl.float32), tl.zeros([C, C], tl.float32)
-    k_square, q_square = tl.zeros([C], tl.float32), tl.zeros([C], tl.float32)
+    kk_CC, qk_CC, qq_CC = tl.zeros([C, C], tl.float32), tl.zeros([C, C], tl.float32), tl.zeros([C, C], tl.float32)
     for part in tl.range(0, K // PART, num_stages=STAGES):
         from_here = (start * H + head) * K + part * PART
+        # products only: Triton 3.6 and 3.7 overwrite a tile too early that a pipelined loop both multiplies and
+        # reads into registers, so the lengths come from the diagonals as well
         k_CP = tl.load(k + from_here + tile, mask=inside[:, None], other=0.0)
         q_CP = tl.load(q + from_here + tile, mask=inside[:, None], other=0.0)
         kk_CC = tl.dot(k_CP, tl.trans(k_CP), kk_CC, input_precision=PRECISION)
         qk_CC = tl.dot(q_CP, tl.trans(k_CP), qk_CC, input_precision=PRECISION)
-        wide_k, wide_q = k_CP.to(tl.float32), q_CP.to(tl.float32)
-        k_square += tl.sum(wide_k * wide_k, 1)
-        q_square += tl.sum(wide_q * wide_q, 1)
+        qq_CC = tl.dot(q_CP, tl.trans(q_CP), qq_CC, input_precision=PRECISION)
+    same = place[:, None] == place[None, :]
+    k_square, q_square = tl.sum(tl.where(same, kk_CC, 0.0), 1), tl.sum(tl.where(same, qq_CC, 0.0), 1)
     rk = tl.where(inside, 1.0 / tl.sqrt(k_square + EPS), 0.0)
     rq = tl.where(inside, 1.0 / tl.sqrt(q_square + EPS), 0.0)
     root: tl.constexpr = K ** -0.5
@@ -126,6 +129,6 @@ def prepare(*, q_MHK: Tensor, k_MHK: Tensor, log_decay_MH: Tensor, beta_MH: Tens
     if count:
         _prepare_kernel[(count * heads,)](
             q_MHK, k_MHK, log_decay_MH, beta_MH, chunks, scales, solve, attend, H=heads, K=key_dim, C=size,
-            ROWS=SCALES, EPS=L2_EPS, PART=launch.tile, STAGES=launch.stages, PRECISION=precision, SOLVE=SOLVE_PRECISION,
-            num_warps=launch.warps)
+            ROWS=SCALES, EPS=L2_EPS, PART=launch.tile, STAGES=launch.stages, PRECISION=precision, SOLVE=SOLVE_PRECISION[q_MHK.element_size()],
+            num_warps=launch.warps, maxnreg=launch.registers)
     return scales, solve, attend

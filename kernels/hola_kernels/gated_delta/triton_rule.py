@@ -2,63 +2,112 @@
 
     forward    prepare (every chunk)        walk_forward (every span)
     backward   recompute_states (span)      walk_backward (span)         chunk_gradients (chunk)
+
+and four small or short ones more where a long sequence is split (triton_split).
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from hola_kernels.gated_delta.triton_gradient import chunk_gradients
-from hola_kernels.gated_delta.triton_layout import Layout, layout_of
+from hola_kernels.gated_delta.triton_layout import Layout, cuts_of, layout_of
 from hola_kernels.gated_delta.triton_prepare import prepare
-from hola_kernels.gated_delta.triton_walk import recompute_states, walk_backward, walk_forward
-
-WHOLE_SEGMENT = 1 << 20  # chunks
+from hola_kernels.gated_delta.triton_split import entering_states, leaving_gradients, span_chunks
+from hola_kernels.gated_delta.triton_walk import recompute_states, span_maps, walk_backward, walk_forward
+from hola_kernels.triton_config import launch_of
 
 
 def gated_delta_triton(q_MHK: Tensor, k_MHK: Tensor, v_MHV: Tensor, log_decay_MH: Tensor, beta_MH: Tensor,
-                       cu_seqlens: Tensor, state_NHKV: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+                       cu_seqlens: Tensor, state_NHKV: Tensor | None,
+                       chunks_a_span: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
     """Same contract as `torch_chunked.gated_delta_chunked`, but o in v's dtype; no state means zeros.
 
     cu_seqlens may lie on the CPU (then nothing waits for the device); its layout is made once a tensor.
+    chunks_a_span: where sequences are split; None leaves it to the size of the GPU.
     """
-    layout = layout_of(cu_seqlens, q_MHK.device, WHOLE_SEGMENT)
+    layout = layout_for(k_MHK, v_MHV, cu_seqlens, chunks_a_span)
     state = None if state_NHKV is None else state_NHKV.float()
     return _GatedDelta.apply(q_MHK, k_MHK, v_MHV, log_decay_MH, beta_MH, state, layout)
 
 
+def layout_for(k_MHK: Tensor, v_MHV: Tensor, cu_seqlens: Tensor, chunks_a_span: int | None = None) -> Layout:
+    """The layout in which tokens of this shape are walked."""
+    if chunks_a_span is None:
+        (heads, value_dim), key_dim = v_MHV.shape[1:], k_MHK.shape[2]
+        tile = launch_of("gated_delta_forward", key_dim, value_dim, v_MHV.element_size()).tile
+        chunks_a_span = span_chunks(cuts_of(cu_seqlens), heads * (value_dim // tile), k_MHK.device)
+    return layout_of(cu_seqlens, k_MHK.device, chunks_a_span)
+
+
 class _GatedDelta(torch.autograd.Function):
-    """Kept for the backward pass: the inputs and each chunk's U and P (256 bytes a token and head) and scales (32)."""
+    """The inputs are kept, and what rule_forward keeps."""
 
     @staticmethod
     def forward(ctx, q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, beta: Tensor, state: Tensor | None,
                 layout: Layout) -> tuple[Tensor, Tensor, Tensor]:
         q, k, v, log_decay, beta = (x.contiguous() for x in (q, k, v, log_decay, beta))
-        state = None if state is None else state.contiguous()
-        precision = "tf32x3" if v.dtype == torch.float32 else "tf32"
-        scales, solve, attend = prepare(q_MHK=q, k_MHK=k, log_decay_MH=log_decay, beta_MH=beta, chunks=layout.chunks,
-                                        precision=precision)
-        o, square, last = walk_forward(q_MHK=q, k_MHK=k, v_MHV=v, scales=scales, solve=solve, attend=attend,
-                                       layout=layout, state_PHKV=state, precision=precision)
+        o, square, last, kept = rule_forward(q, k, v, log_decay, beta, state, layout)
         score = square.sum(-1).sqrt_()
-        ctx.save_for_backward(q, k, v, log_decay, beta, state, scales, solve, attend)
-        ctx.layout, ctx.precision = layout, precision
+        ctx.save_for_backward(q, k, v, log_decay, beta, *kept)
+        ctx.layout = layout
         ctx.mark_non_differentiable(score)
         ctx.set_materialize_grads(False)
         return o, score, last
 
     @staticmethod
     def backward(ctx, do: Tensor | None, _: None, dlast: Tensor | None) -> tuple[Tensor | None, ...]:
-        q, k, v, log_decay, beta, state, scales, solve, attend = ctx.saved_tensors
-        layout, precision = ctx.layout, ctx.precision
+        q, k, v, log_decay, beta, *kept = ctx.saved_tensors
         do = torch.zeros_like(v) if do is None else do.contiguous()
-        states, residual = recompute_states(k_MHK=k, v_MHV=v, scales=scales, solve=solve, layout=layout,
-                                            state_PHKV=state, precision=precision)
-        dr, dstates, dstate = walk_backward(q_MHK=q, k_MHK=k, do_MHV=do, scales=scales, solve=solve, attend=attend,
-                                            layout=layout, dstate_PHKV=None if dlast is None else dlast.contiguous(),
-                                            precision=precision)
-        dq, dk, dv, dlog_decay, dbeta = chunk_gradients(
-            q_MHK=q, k_MHK=k, do_MHV=do, residual=residual, states=states, dstates=dstates, dr=dr, scales=scales,
-            attend=attend, chunks=layout.chunks, log_decay_MH=log_decay, beta_MH=beta, precision=precision)
-        return dq, dk, dv, dlog_decay, dbeta, dstate if ctx.needs_input_grad[5] else None, None
+        *gradients, dstate = rule_backward(q, k, v, log_decay, beta, kept, ctx.layout, do, dlast)
+        return *gradients, dstate if ctx.needs_input_grad[5] else None, None
+
+
+def rule_forward(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, beta: Tensor, state: Tensor | None,
+                 layout: Layout) -> tuple[Tensor, Tensor, Tensor, tuple[Tensor | None, ...]]:
+    """Contiguous inputs -> (o, |write|^2 over each tile of V [M, H, tiles], last state, what the backward keeps).
+
+    Kept: each chunk's U and P (256 bytes a token and head) and scales (32); of a split sequence also the map of
+    each span and the state entering it.
+    """
+    state = None if state is None else state.contiguous()
+    precision = _precision(v)
+    scales, solve, attend = prepare(q_MHK=q, k_MHK=k, log_decay_MH=log_decay, beta_MH=beta, chunks=layout.chunks,
+                                    precision=precision)
+    maps = None
+    if layout.most_spans > 1:
+        maps = span_maps(k_MHK=k, v_MHV=v, scales=scales, solve=solve, layout=layout, precision=precision)
+        state = entering_states(maps=maps, layout=layout, state_NHKV=state, value_dim=v.shape[2])
+    o, square, last = walk_forward(q_MHK=q, k_MHK=k, v_MHV=v, scales=scales, solve=solve, attend=attend,
+                                   layout=layout, state_PHKV=state, precision=precision)
+    if maps is not None:
+        last = last[layout.segment_spans.sum(1) - 1]
+    return o, square, last, (state, scales, solve, attend, maps)
+
+
+def rule_backward(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, beta: Tensor, kept: Sequence[Tensor | None],
+                  layout: Layout, do: Tensor, dlast: Tensor | None) -> tuple[Tensor, ...]:
+    """(dq, dk, dv, dlog_decay, dbeta, dstate) from contiguous do and the last state's gradient."""
+    state, scales, solve, attend, maps = kept
+    precision = _precision(v)
+    dlast = None if dlast is None else dlast.contiguous()
+    walk = {"q_MHK": q, "k_MHK": k, "do_MHV": do, "scales": scales, "solve": solve, "attend": attend,
+            "layout": layout, "precision": precision}
+    if maps is not None:
+        _, _, dentering = walk_backward(**walk, dstate_PHKV=None, every_chunk=False)
+        dlast = leaving_gradients(maps=maps, dentering=dentering, layout=layout, dstate_NHKV=dlast)
+    dr, dstates, dstate = walk_backward(**walk, dstate_PHKV=dlast)
+    states, residual = recompute_states(k_MHK=k, v_MHV=v, scales=scales, solve=solve, layout=layout,
+                                        state_PHKV=state, precision=precision)
+    gradients = chunk_gradients(
+        q_MHK=q, k_MHK=k, do_MHV=do, residual=residual, states=states, dstates=dstates, dr=dr, scales=scales,
+        attend=attend, chunks=layout.chunks, log_decay_MH=log_decay, beta_MH=beta, precision=precision)
+    return *gradients, dstate if maps is None else dstate[layout.segment_spans[:, 0]]
+
+
+def _precision(v: Tensor) -> str:
+    """Of matrix products: float32 inputs get nearly float32 ones."""
+    return "tf32x3" if v.dtype == torch.float32 else "tf32"

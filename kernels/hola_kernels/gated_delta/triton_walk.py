@@ -29,13 +29,16 @@ def _forward_kernel(q, k, v, scales, solve, attend, spans, state_in, state_out,
                     o, square, residual, states,
                     H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
                     ROWS: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
-                    HAS_STATE: tl.constexpr, OUTPUT: tl.constexpr):
-    """OUTPUT: writes o, the squares of the score and the last state; else each chunk's incoming state and residual.
+                    HAS_STATE: tl.constexpr, OUTPUT: tl.constexpr, STATES: tl.constexpr, MAPS: tl.constexpr):
+    """OUTPUT: writes o, the squares of the score and the last state. STATES: each chunk's incoming state and residual.
 
-    Registers: S^T [BV, K] fp32, its 16-bit copy, two [BV, 64] accumulators. Shared memory: k, q [64, K],
-    U, P [64, 64], v [64, BV], STAGES deep. Device memory: nothing but inputs and outputs.
+    MAPS: the affine map of the span, S_out = M S_in + E, as [E | M] [K, V + K]; columns past V start from the
+    identity and see no values.
+    Registers: S^T [BV, K] fp32, a 16-bit copy of one half, two [BV, 64] accumulators. Shared memory: k, q [64, K],
+    U, P [64, 64], STAGES deep. Device memory: nothing but inputs and outputs.
     """
-    TILES: tl.constexpr = V // BV
+    WIDTH: tl.constexpr = V + K if MAPS else V
+    TILES: tl.constexpr = WIDTH // BV
     KL: tl.constexpr = min(K, 128)  # the state is held as two halves at K = 256: one 16-bit copy at a time
     pid = tl.program_id(0)
     tile, head, span = pid % TILES, (pid // TILES) % H, pid // (TILES * H)
@@ -47,16 +50,20 @@ def _forward_kernel(q, k, v, scales, solve, attend, spans, state_in, state_out,
     key_tile = place[:, None] * (H * K) + dim[None, :]
     value_tile = col[:, None] + place[None, :] * (H * V)
     matrix = place[:, None] * C + place[None, :]
-    state_tile = (span * H + head).to(tl.int64) * (K * V) + col[:, None] + dim[None, :] * V  # transposes [K, V]
+    state_tile = (span * H + head).to(tl.int64) * (K * WIDTH) + col[:, None] + dim[None, :] * WIDTH  # transposes
     narrow = k.dtype.element_ty
 
     low_VK = tl.zeros([BV, KL], tl.float32)
     if HAS_STATE:
         low_VK += tl.load(state_in + state_tile)
+    if MAPS:
+        low_VK += tl.where(col[:, None] == V + dim[None, :], 1.0, 0.0)
     if K > KL:
         high_VK = tl.zeros([BV, KL], tl.float32)
+        if MAPS:
+            high_VK += tl.where(col[:, None] == V + KL + dim[None, :], 1.0, 0.0)
         if HAS_STATE:
-            high_VK += tl.load(state_in + KL * V + state_tile)
+            high_VK += tl.load(state_in + KL * WIDTH + state_tile)
     for i in tl.range(0, steps, num_stages=STAGES):
         at = (first + i * C) * H + head
         left = (end - first).to(tl.int32) - i * C
@@ -67,7 +74,7 @@ def _forward_kernel(q, k, v, scales, solve, attend, spans, state_in, state_out,
         b = tl.load(row + BETA * C + place)
         decay = tl.exp(tl.load(row + DECAY * C + (C - 1)))
         inside = place[:, None] < left
-        v_VC = tl.load(v + at * V + value_tile, mask=place[None, :] < left, other=0.0)
+        v_VC = tl.load(v + at * V + value_tile, mask=(place[None, :] < left) & (tile * BV < V), other=0.0)
         u_CC = tl.load(solve + here * (C * C) + matrix)
         state_row = here * (V * K) + col[:, None] * K + dim[None, :]
 
@@ -77,7 +84,7 @@ def _forward_kernel(q, k, v, scales, solve, attend, spans, state_in, state_out,
         if OUTPUT:
             q_low = tl.load(q + at * K + key_tile, mask=inside, other=0.0)
             sq_VC = tl.dot(narrow_VK, tl.trans(q_low), input_precision=PRECISION)
-        else:
+        if STATES:
             tl.store(states + state_row, narrow_VK)
         if K > KL:
             narrow_VK = high_VK.to(narrow)
@@ -86,7 +93,7 @@ def _forward_kernel(q, k, v, scales, solve, attend, spans, state_in, state_out,
             if OUTPUT:
                 q_high = tl.load(q + at * K + KL + key_tile, mask=inside, other=0.0)
                 sq_VC = tl.dot(narrow_VK, tl.trans(q_high), sq_VC, input_precision=PRECISION)
-            else:
+            if STATES:
                 tl.store(states + KL + state_row, narrow_VK)
 
         rho_VC = v_VC.to(tl.float32) - key_in[None, :] * sk_VC
@@ -98,23 +105,25 @@ def _forward_kernel(q, k, v, scales, solve, attend, spans, state_in, state_out,
             o_VC = tl.dot(x_VC.to(narrow), tl.trans(p_CC), query_in[None, :] * sq_VC, input_precision=PRECISION)
             tl.store(o + at * V + value_tile, o_VC.to(o.dtype.element_ty), mask=place[None, :] < left)
             tl.store(square + (at + place * H) * TILES + tile, tl.sum(x_VC * x_VC, 0), mask=place < left)
-        else:
+        if STATES:
             tl.store(residual + at * V + value_tile, e_VC.to(narrow), mask=place[None, :] < left)
         out_VC = (e_VC * (b * key_out)[None, :]).to(narrow)
         low_VK = tl.dot(out_VC, k_low, low_VK * decay, input_precision=PRECISION)
         if K > KL:
             high_VK = tl.dot(out_VC, k_high, high_VK * decay, input_precision=PRECISION)
-    if OUTPUT:
+    if OUTPUT or MAPS:
         tl.store(state_out + state_tile, low_VK)
         if K > KL:
-            tl.store(state_out + KL * V + state_tile, high_VK)
+            tl.store(state_out + KL * WIDTH + state_tile, high_VK)
 
 
 @triton.jit
 def _backward_kernel(q, k, do, scales, solve, attend, spans, dstate_out, dstate_in, dr, dstates,
                      H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
-                     ROWS: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr, HAS_STATE: tl.constexpr):
-    """Writes dr (the gradient of a chunk's writes after the solve) and the gradient of each chunk's outgoing state.
+                     ROWS: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr, HAS_STATE: tl.constexpr,
+                     CHUNKS: tl.constexpr):
+    """Writes the gradient of the span's incoming state; with CHUNKS also dr (the gradient of a chunk's writes after
+    the solve) and the gradient of each chunk's outgoing state.
 
     Registers: dS^T [BV, K] fp32 and its 16-bit copy, two [BV, 64]. Shared memory as in the forward pass.
     """
@@ -161,17 +170,20 @@ def _backward_kernel(q, k, do, scales, solve, attend, spans, dstate_out, dstate_
         k_low = tl.load(k + at * K + key_tile, mask=inside, other=0.0)
         q_low = tl.load(q + at * K + key_tile, mask=inside, other=0.0)
         sk_VC = tl.dot(narrow_VK, tl.trans(k_low), input_precision=PRECISION)
-        tl.store(dstates + state_row, narrow_VK)
+        if CHUNKS:
+            tl.store(dstates + state_row, narrow_VK)
         if K > KL:
             narrow_VK = high_VK.to(narrow)
             k_high = tl.load(k + at * K + KL + key_tile, mask=inside, other=0.0)
             q_high = tl.load(q + at * K + KL + key_tile, mask=inside, other=0.0)
             sk_VC = tl.dot(narrow_VK, tl.trans(k_high), sk_VC, input_precision=PRECISION)
-            tl.store(dstates + KL + state_row, narrow_VK)
+            if CHUNKS:
+                tl.store(dstates + KL + state_row, narrow_VK)
 
         dx_VC = tl.dot(do_VC, p_CC, key_out[None, :] * sk_VC, input_precision=PRECISION)
         dr_VC = tl.dot((dx_VC * -b[None, :]).to(narrow), u_CC, dx_VC, input_precision=PRECISION)
-        tl.store(dr + at * V + value_tile, dr_VC.to(narrow), mask=place[None, :] < left)
+        if CHUNKS:
+            tl.store(dr + at * V + value_tile, dr_VC.to(narrow), mask=place[None, :] < left)
         from_o = (do_VC.to(tl.float32) * query_in[None, :]).to(narrow)
         from_r = (dr_VC * (-b * key_in)[None, :]).to(narrow)
         low_VK = tl.dot(from_o, q_low, low_VK * decay, input_precision=PRECISION)
@@ -194,8 +206,8 @@ def walk_forward(*, q_MHK: Tensor, k_MHK: Tensor, v_MHV: Tensor, scales: Tensor,
     state_out = v_MHV.new_empty(layout.span_count, heads, key_dim, value_dim, dtype=torch.float32)
     _forward_kernel[(layout.span_count * heads * (value_dim // launch.tile),)](
         q_MHK, k_MHK, v_MHV, scales, solve, attend, layout.spans, state_PHKV, state_out, o, square, None, None,
-        H=heads, K=key_dim, V=value_dim, BV=launch.tile, C=64, ROWS=SCALES, PRECISION=precision,
-        STAGES=launch.stages, HAS_STATE=state_PHKV is not None, OUTPUT=True, num_warps=launch.warps)
+        H=heads, K=key_dim, V=value_dim, BV=launch.tile, C=64, ROWS=SCALES, PRECISION=precision, STAGES=launch.stages,
+        HAS_STATE=state_PHKV is not None, OUTPUT=True, STATES=False, MAPS=False, num_warps=launch.warps, maxnreg=launch.registers)
     return o, square, state_out
 
 
@@ -208,21 +220,40 @@ def recompute_states(*, k_MHK: Tensor, v_MHV: Tensor, scales: Tensor, solve: Ten
     states = v_MHV.new_empty(layout.chunk_count, heads, value_dim, key_dim)
     _forward_kernel[(layout.span_count * heads * (value_dim // launch.tile),)](
         None, k_MHK, v_MHV, scales, solve, None, layout.spans, state_PHKV, None, None, None, residual, states,
-        H=heads, K=key_dim, V=value_dim, BV=launch.tile, C=64, ROWS=SCALES, PRECISION=precision,
-        STAGES=launch.stages, HAS_STATE=state_PHKV is not None, OUTPUT=False, num_warps=launch.warps)
+        H=heads, K=key_dim, V=value_dim, BV=launch.tile, C=64, ROWS=SCALES, PRECISION=precision, STAGES=launch.stages,
+        HAS_STATE=state_PHKV is not None, OUTPUT=False, STATES=True, MAPS=False, num_warps=launch.warps, maxnreg=launch.registers)
     return states, residual
 
 
+def span_maps(*, k_MHK: Tensor, v_MHV: Tensor, scales: Tensor, solve: Tensor, layout: Layout,
+              precision: str) -> Tensor:
+    """What each span does to the state that enters it, S_out = M S_in + E: [E | M] [P, H, K, V + K] fp32."""
+    (_, heads, value_dim), key_dim = v_MHV.shape, k_MHK.shape[2]
+    launch = launch_of("gated_delta_states", key_dim, value_dim, v_MHV.element_size())
+    tile = min(launch.tile, key_dim)
+    maps = v_MHV.new_empty(layout.span_count, heads, key_dim, value_dim + key_dim, dtype=torch.float32)
+    _forward_kernel[(layout.span_count * heads * ((value_dim + key_dim) // tile),)](
+        None, k_MHK, v_MHV, scales, solve, None, layout.spans, None, maps, None, None, None, None,
+        H=heads, K=key_dim, V=value_dim, BV=tile, C=64, ROWS=SCALES, PRECISION=precision, STAGES=launch.stages,
+        HAS_STATE=False, OUTPUT=False, STATES=False, MAPS=True, num_warps=launch.warps if tile == launch.tile else 4)
+    return maps
+
+
 def walk_backward(*, q_MHK: Tensor, k_MHK: Tensor, do_MHV: Tensor, scales: Tensor, solve: Tensor, attend: Tensor,
-                  layout: Layout, dstate_PHKV: Tensor | None, precision: str) -> tuple[Tensor, Tensor, Tensor]:
-    """dr [M, H, V], gradient of every chunk's outgoing state, transposed [U, H, V, K], of every span's incoming one."""
+                  layout: Layout, dstate_PHKV: Tensor | None, precision: str,
+                  every_chunk: bool = True) -> tuple[Tensor | None, Tensor | None, Tensor]:
+    """dr [M, H, V], gradient of every chunk's outgoing state, transposed [U, H, V, K], of every span's incoming one.
+
+    Without every_chunk only the last, [P, H, K, V] fp32.
+    """
     (_, heads, value_dim), key_dim = do_MHV.shape, k_MHK.shape[2]
     launch = launch_of("gated_delta_backward", key_dim, value_dim, do_MHV.element_size())
-    dr = torch.empty_like(do_MHV)
-    dstates = do_MHV.new_empty(layout.chunk_count, heads, value_dim, key_dim)
+    dr = torch.empty_like(do_MHV) if every_chunk else None
+    dstates = do_MHV.new_empty(layout.chunk_count, heads, value_dim, key_dim) if every_chunk else None
     dstate_in = do_MHV.new_empty(layout.span_count, heads, key_dim, value_dim, dtype=torch.float32)
     _backward_kernel[(layout.span_count * heads * (value_dim // launch.tile),)](
         q_MHK, k_MHK, do_MHV, scales, solve, attend, layout.spans, dstate_PHKV, dstate_in, dr, dstates,
-        H=heads, K=key_dim, V=value_dim, BV=launch.tile, C=64, ROWS=SCALES, PRECISION=precision,
-        STAGES=launch.stages, HAS_STATE=dstate_PHKV is not None, num_warps=launch.warps)
+        H=heads, K=key_dim, V=value_dim, BV=launch.tile, C=64, ROWS=SCALES, PRECISION=precision, STAGES=launch.stages,
+        HAS_STATE=dstate_PHKV is not None, CHUNKS=every_chunk, num_warps=launch.warps,
+        maxnreg=launch.registers)
     return dr, dstates, dstate_in

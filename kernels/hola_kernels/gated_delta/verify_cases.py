@@ -2,7 +2,7 @@
 
 One case a (K, V, dtype) that can be launched and a kind of input: slow decay with a state coming in and
 its gradient going out, packed documents with empty and one-token ones, keys nearly equal with beta near 1,
-and a decay so fast that only its last digits matter.
+a decay so fast that only its last digits matter, and long sequences split in spans.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ KINDS = {
     "packed": {"cuts": (0, 0, 1, 64, 64, 129, 400), "decay": 0.02},
     "equal keys": {"cuts": (0, 300), "decay": 0.0, "spread": 0.2},
     "fast": {"cuts": (0, 130, 257), "decay": 3.0},
+    "split": {"cuts": (0, 0, 200, 201, 600), "decay": 0.02, "chunks_a_span": 2},
 }
 
 
@@ -44,11 +45,12 @@ def limit(name: str, output: str) -> float:
 
 
 def measure(*, dtype: torch.dtype, key: int, value: int, cuts: tuple[int, ...], decay: float, device: str,
-            spread: float | None = None, heads: int = 2, seed: int = 0) -> dict[str, float]:
+            spread: float | None = None, chunks_a_span: int | None = None, heads: int = 2,
+            seed: int = 0) -> dict[str, float]:
     """Relative errors of o, score, final state and every gradient, all outputs poisoned before the launch.
 
     decay: largest -log_decay of a token. spread: keys that differ by this much from one common key, and
-    beta = 0.999 (the hardest system to solve); independent keys without it.
+    beta = 0.999 (the hardest system to solve); independent keys without it. chunks_a_span: split the sequences.
     """
     inputs = make_inputs(cuts[-1], len(cuts) - 1, heads, key, value, decay, spread, seed)
     narrow = [x.to(dtype if i < 3 else torch.float32).to(device) for i, x in enumerate(inputs)]
@@ -56,7 +58,7 @@ def measure(*, dtype: torch.dtype, key: int, value: int, cuts: tuple[int, ...], 
     bounds = torch.tensor(cuts)
     expected = _run("torch", [x.double() for x in narrow], bounds.to(device), weights)
     with poisoned():
-        found = _run("triton", narrow, bounds, weights)
+        found = _run("triton", narrow, bounds, weights, chunks_a_span=chunks_a_span)
     return {name: relative_error(found[name], expected[name]) for name in expected}
 
 
@@ -85,9 +87,10 @@ def make_weights(tokens: int, segments: int, heads: int, key: int, value: int, d
             0.3 * torch.randn(segments, heads, key, value, generator=g)]
 
 
-def _run(backend: str, inputs: list[Tensor], bounds: Tensor, weights: list[Tensor]) -> dict[str, Tensor]:
+def _run(backend: str, inputs: list[Tensor], bounds: Tensor, weights: list[Tensor],
+         **options: int | None) -> dict[str, Tensor]:
     leaves = [x.clone().requires_grad_() for x in inputs]
-    o, score, state = IMPLEMENTATIONS[backend](*leaves[:5], bounds, leaves[5])
+    o, score, state = IMPLEMENTATIONS[backend](*leaves[:5], bounds, leaves[5], **options)
     gradients = torch.autograd.grad([o, state], leaves, [w.to(x) for w, x in zip(weights, (o, state), strict=True)])
     names = ("dq", "dk", "dv", "dlog_decay", "dbeta", "dstate")
     return {"o": o, "score": score, "state": state, **dict(zip(names, gradients, strict=True))}

@@ -12,7 +12,8 @@ from torch import Tensor
 from hola_kernels.norms import compute_dtype
 
 
-def short_conv_reference(x_MD: Tensor, weight_DW: Tensor, cu_seqlens: Tensor, tail_NJD: Tensor) -> tuple[Tensor, Tensor]:
+def short_conv_reference(x_MD: Tensor, weight_DW: Tensor, cu_seqlens: Tensor,
+                         tail_NJD: Tensor) -> tuple[Tensor, Tensor]:
     """Same contract as `torch_shifts.short_conv_shifts`."""
     wide = compute_dtype(x_MD)
     weight, width = weight_DW.to(wide), weight_DW.shape[1]

@@ -1,0 +1,89 @@
+"""One long sequence on a whole GPU: its spans side by side, joined by the affine map of each.
+
+The state walks over chunks one after the other, so a batch of few long sequences would leave
+most of the GPU idle. A span of chunks maps the state that enters it by S_out = M S_in + E.
+All maps are found at once (starting from no state for E, from the identity for M), a short scan
+over spans gives the state that enters each, and then all spans walk at the same time. The
+gradient goes back through the same M: dS_in = M^T dS_out + dE. The walks are done twice and M
+costs K more columns, so a sequence is split only where it would take longer whole.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from hola_kernels.gated_delta.triton_layout import CHUNK, Layout
+from hola_kernels.triton_config import launch_of
+
+GAIN = 2.5  # split when the longest sequence takes this many times its share of the GPU
+LEAST_CHUNKS = 16  # of a span
+
+
+@triton.jit
+def _scan_kernel(maps, additions, segment_spans, first_state, states,
+                 H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, WIDTH: tl.constexpr, TILE: tl.constexpr,
+                 B: tl.constexpr, PRECISION: tl.constexpr, HAS_STATE: tl.constexpr, REVERSE: tl.constexpr):
+    """One program per TILE state columns, head and segment: the state at the near side of every span.
+
+    Registers: the state [K, TILE] fp32. M passes in blocks [K, B]; the state's blocks [B, TILE] are read back
+    from where they were just written. additions [P, H, K, AW]: E, or dE in REVERSE.
+    """
+    pid = tl.program_id(0)
+    tile, head, segment = pid % (V // TILE), (pid // (V // TILE)) % H, pid // (V // TILE * H)
+    first = tl.load(segment_spans + segment * 2)
+    count = tl.load(segment_spans + segment * 2 + 1)
+    AW: tl.constexpr = V if REVERSE else WIDTH
+    dim, block, col = tl.arange(0, K), tl.arange(0, B), tile * TILE + tl.arange(0, TILE)
+    state_KT = tl.zeros([K, TILE], tl.float32)
+    if HAS_STATE:
+        state_KT += tl.load(first_state + (segment * H + head).to(tl.int64) * (K * V) + dim[:, None] * V + col[None, :])
+    for i in range(count):
+        span = first + (count - 1 - i if REVERSE else i)
+        here = (span * H + head).to(tl.int64)
+        tl.store(states + here * (K * V) + dim[:, None] * V + col[None, :], state_KT)
+        tl.debug_barrier()  # all rows are written before any is read back
+        state_KT = tl.load(additions + here * (K * AW) + dim[:, None] * AW + col[None, :])
+        for j in range(K // B):
+            at = j * B + block
+            part_BT = tl.load(states + here * (K * V) + at[:, None] * V + col[None, :])
+            if REVERSE:
+                m_KB = tl.load(maps + here * (K * WIDTH) + at[None, :] * WIDTH + V + dim[:, None])
+            else:
+                m_KB = tl.load(maps + here * (K * WIDTH) + dim[:, None] * WIDTH + V + at[None, :])
+            state_KT = tl.dot(m_KB, part_BT, state_KT, input_precision=PRECISION)
+
+
+def entering_states(*, maps: Tensor, layout: Layout, state_NHKV: Tensor | None, value_dim: int) -> Tensor:
+    """The state entering each span [P, H, K, V] fp32, from [E | M] of each and the states entering the segments."""
+    return _scan(maps, maps, layout, state_NHKV, value_dim, reverse=False)
+
+
+def leaving_gradients(*, maps: Tensor, dentering: Tensor, layout: Layout, dstate_NHKV: Tensor | None) -> Tensor:
+    """The gradient of the state leaving each span [P, H, K, V], from dE of each and that of the final states."""
+    return _scan(maps, dentering, layout, dstate_NHKV, dentering.shape[3], reverse=True)
+
+
+def _scan(maps: Tensor, additions: Tensor, layout: Layout, first: Tensor | None, value_dim: int,
+          reverse: bool) -> Tensor:
+    spans, heads, key_dim, width = maps.shape
+    launch = launch_of("gated_delta_scan", key_dim)
+    states = maps.new_empty(spans, heads, key_dim, value_dim)
+    _scan_kernel[(layout.segment_count * heads * (value_dim // launch.tile),)](
+        maps, additions, layout.segment_spans, first, states, H=heads, K=key_dim, V=value_dim, WIDTH=width,
+        TILE=launch.tile, B=32, PRECISION="tf32x3", HAS_STATE=first is not None, REVERSE=reverse,
+        num_warps=launch.warps, num_stages=launch.stages)
+    return states
+
+
+def span_chunks(cuts: list[int], programs_a_span: int, device: torch.device) -> int:
+    """The most chunks a span should have on this device: all of the longest segment, unless splitting pays."""
+    counts = [-(-(end - start) // CHUNK) for start, end in zip(cuts[:-1], cuts[1:], strict=True)]
+    longest = max([*counts, 1])
+    if device.type != "cuda":
+        return longest
+    spans = max(torch.cuda.get_device_properties(device).multi_processor_count // programs_a_span, 1)
+    share = max(-(-sum(counts) // spans), LEAST_CHUNKS)
+    return share if longest > GAIN * share else longest
