@@ -10,7 +10,7 @@ EXTRAS = {
     # needs a CUDA build of torch and `--no-build-isolation`; 2.13 to 2.16 do not load beside cuBLAS 13.1
     "te": ["transformer-engine[pytorch,core_cu13]>=2.17"],
     "deepspeed": ["deepspeed>=0.19"],
-    "eval": ["lm-eval>=0.4.9"],
+    "eval": ["lm-eval[hf]>=0.4.9"],
     "wandb": ["wandb"],
     "dev": ["pytest>=8", "pytest-timeout", "ruff>=0.9"],
 }

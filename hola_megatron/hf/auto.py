@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+from transformers.utils import logging
 
 from hola_megatron.errors import CheckpointError
 from hola_megatron.hf.configuration_hola import HolaConfig
@@ -18,7 +19,8 @@ from hola_megatron.hf.modeling_hola import FLOAT32_PARAMETERS, HolaForCausalLM, 
 
 @functools.cache
 def register() -> None:
-    """Make AutoConfig and AutoModelForCausalLM know the model type "hola"."""
+    """Make AutoConfig and AutoModelForCausalLM know the model type "hola"; our tools say themselves what they do."""
+    logging.disable_progress_bar()
     AutoConfig.register(HolaConfig.model_type, HolaConfig)
     AutoModel.register(HolaConfig, HolaModel)
     AutoModelForCausalLM.register(HolaConfig, HolaForCausalLM)

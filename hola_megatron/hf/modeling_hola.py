@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+import transformers
 from torch import Tensor, nn
 from transformers import GenerationMixin, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -50,6 +51,8 @@ except ImportError:  # the same code, bundled with the export
     )
 
 FLOAT32_PARAMETERS = ("A_log", "dt_bias", "gamma_q", "gamma_k", "gate", "sink")
+# transformers 4 takes whole parts of a parameter's name, later versions search for a pattern ("gate" in "gate_proj")
+FLOAT32_END = "" if int(transformers.__version__.split(".")[0]) < 5 else "$"
 
 
 @dataclass
@@ -270,7 +273,7 @@ class HolaPreTrainedModel(PreTrainedModel):
         names = FLOAT32_PARAMETERS[:2] if held & set("HG") and config.decay else ()
         names += FLOAT32_PARAMETERS[2:5] if "H" in held else ()
         names += FLOAT32_PARAMETERS[5:] if "H" in held and config.cache_sink else ()
-        self._keep_in_fp32_modules_strict = list(names)
+        self._keep_in_fp32_modules_strict = [name + FLOAT32_END for name in names]
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:

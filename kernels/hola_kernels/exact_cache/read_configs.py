@@ -62,17 +62,18 @@ class ReadConfig:
             raise ValueError(f"tiles of {self} do not fit each other")
 
 
-PRODUCT_WIDTH = 128  # columns of K or V that a program of the products for dq, dk and dv owns
+PRODUCT_WIDTH = 128  # columns of K that a program of the product for dq owns
 
 INTERPRETER = ReadConfig(*(Tile(16, 16, 1, 1) for _ in range(4)))
 
 # by (16-bit inputs, wider of K and V); widths below 64 take the entry of 64
 TABLE = {
-    (True, 256): ReadConfig(Tile(128, 64, 8, 2, staged=True), Tile(64, 64, 4, 3, 128), Tile(64, 64, 4, 2),
+    (True, 256): ReadConfig(Tile(128, 64, 8, 2, staged=True), Tile(64, 64, 4, 3, 128), Tile(64, 64, 4, 3, 168),
                             Tile(64, 64, 4, 2)),
-    (True, 128): ReadConfig(Tile(64, 32, 4, 2, 128, staged=True), Tile(64, 64, 4, 3, 128), Tile(64, 64, 4, 2, 168),
-                            Tile(64, 64, 4, 2, 168)),
-    (True, 64): ReadConfig(Tile(128, 64, 4, 2), Tile(128, 64, 8, 2), Tile(64, 64, 4, 2), Tile(64, 64, 4, 2)),
+    (True, 128): ReadConfig(Tile(64, 64, 4, 2), Tile(64, 64, 4, 3, 128), Tile(64, 64, 4, 3, 168),
+                            Tile(64, 64, 4, 3, 168)),
+    (True, 64): ReadConfig(Tile(64, 64, 4, 2), Tile(64, 64, 4, 3, 168), Tile(64, 64, 4, 3, 168),
+                           Tile(64, 64, 4, 3, 168)),
     (False, 256): ReadConfig(Tile(64, 32, 8, 1), Tile(64, 32, 8, 1), Tile(32, 32, 8, 1), Tile(32, 32, 8, 1)),
     (False, 128): ReadConfig(Tile(64, 32, 8, 1), Tile(64, 32, 8, 1), Tile(64, 32, 8, 1), Tile(32, 32, 8, 1)),
     (False, 64): ReadConfig(Tile(64, 32, 8, 1), Tile(64, 32, 8, 1), Tile(64, 32, 8, 1), Tile(32, 32, 8, 1)),

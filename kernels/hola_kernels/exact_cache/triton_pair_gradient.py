@@ -6,9 +6,8 @@ incoming gradient,
 Everything the rest needs is a plain matrix product of P or D with rows as they lie in memory:
     dv_j = s sum_i P_ij dy_i      g_i = K^-1/2 gamma sum_j D_ij k_j            (gamma = gamma_q gamma_k)
     dq_i = g_i - q_i (mean r_i^2 a_i),  a_i = g_i . q_i = sum_j dS_ij logit_ij,
-and dk likewise from sum_i D_ij q_i and sum_i dS_ij logit_ij. With a_i summed here, the products
-need no pass over whole rows at their end, so they can be cut along K. P and D are
-written once in the inputs' type (58 MB each at the shape below) instead of being computed for
+and dk likewise from sum_i D_ij q_i. With a_i summed here, the product for dq needs no pass over
+whole rows at its end, so it can be cut along K. P and D are written once in the inputs' type (58 MB each at the shape below) instead of being computed for
 each side: 5 matrix products in all, not 7, and no product is transposed in registers.
 Keeping dq in the same program was tried: its accumulator left one program a multiprocessor.
 
@@ -37,16 +36,13 @@ class PairGradient:
     """What the products for q, k and v are taken of. Tiles that no query sees are not written.
 
     weight, dlogit   P and D, [U, H, rows, places]: slot_tiles tiles of slots, then the block's tokens
-    query_along      [U, H, tiles of places, rows] float32: sums of dS * logit, by query
-    key_along        [U, H, tiles of rows, places] float32: the same, by key
-    rows, columns    of a tile
+    along            [U, H, tiles of places, rows] float32: sums of dS * logit, by query
+    columns          of a tile
     """
 
     weight: Tensor
     dlogit: Tensor
-    query_along: Tensor
-    key_along: Tensor
-    rows: int
+    along: Tensor
     columns: int
     slot_tiles: int
 
@@ -83,14 +79,14 @@ def _delta_kernel(dy_ptr, o_ptr, lse_ptr, sink_ptr, gate_ptr, delta_ptr, part_pt
 @triton.jit
 def _pair_gradient_kernel(q_ptr, k_ptr, v_ptr, dy_ptr, query_norm_ptr, key_norm_ptr, gamma_q_ptr, gamma_k_ptr,
                           gate_ptr, lse_ptr, delta_ptr, slots_ptr, units_ptr, weight_ptr, dlogit_ptr,
-                          query_along_ptr, key_along_ptr, q_stride, k_stride, v_stride, dy_stride, H, w,
+                          along_ptr, q_stride, k_stride, v_stride, dy_stride, H, w,
                           scratch_rows, scratch_columns, scale,
                           K: tl.constexpr, V: tl.constexpr, CHUNK: tl.constexpr, ROWS: tl.constexpr,
                           COLUMNS: tl.constexpr, SLOT_TILES: tl.constexpr, ROW_TILES: tl.constexpr,
                           COLUMN_TILES: tl.constexpr, COMBINE: tl.constexpr, INCOMING: tl.constexpr,
                           PRECISION: tl.constexpr):
     """P and D [U, H, rows, columns] of one tile [ROWS queries, COLUMNS places] of a block and head, and the
-    tile's sums of dS * logit by query [U, H, COLUMN_TILES, rows] and by key [U, H, ROW_TILES, columns].
+    tile's sums of dS * logit by query [U, H, COLUMN_TILES, rows].
 
     Two products over K and V in steps of CHUNK. Shared memory: [ROWS, CHUNK] and [COLUMNS, CHUNK] per stage.
     Registers: two [ROWS, COLUMNS] float32, and scaled queries [ROWS, CHUNK].
@@ -119,12 +115,6 @@ def _pair_gradient_kernel(q_ptr, k_ptr, v_ptr, dy_ptr, query_norm_ptr, key_norm_
         row_C = tl.where(cached, slot_row, start + place_C).to(tl.int64)
         dtype = k_ptr.dtype.element_ty
 
-        # loaded before the products: each thread needs them one by one, and waits for none of them then
-        query_norm = tl.load(query_norm_ptr + row_R * H + h, mask=is_row, other=0.0)
-        key_norm = tl.load(key_norm_ptr + row_C * H + h, mask=seen, other=0.0)
-        lse = tl.load(lse_ptr + row_R * H + h, mask=is_row, other=float("inf"))
-        delta = tl.load(delta_ptr + row_R * H + h, mask=is_row, other=0.0)
-
         q_at = q_ptr + (row_R * q_stride + h * K)[:, None] + d_D[None, :]
         k_at = k_ptr + (row_C * k_stride + h * K)[:, None] + d_D[None, :]
         logit = tl.zeros((ROWS, COLUMNS), tl.float32)
@@ -142,6 +132,10 @@ def _pair_gradient_kernel(q_ptr, k_ptr, v_ptr, dy_ptr, query_norm_ptr, key_norm_
             v = tl.load(v_at + d, mask=seen[:, None], other=0.0)
             dweight = tl.dot(dy, tl.trans(v), dweight, input_precision=PRECISION)
 
+        query_norm = tl.load(query_norm_ptr + row_R * H + h, mask=is_row, other=0.0)
+        key_norm = tl.load(key_norm_ptr + row_C * H + h, mask=seen, other=0.0)
+        lse = tl.load(lse_ptr + row_R * H + h, mask=is_row, other=float("inf"))
+        delta = tl.load(delta_ptr + row_R * H + h, mask=is_row, other=0.0)
         norms = query_norm[:, None] * key_norm[None, :]
         logit = logit * (norms * scale)
         visible = seen[None, :] & (cached | (place_C[None, :] <= place_R[:, None]))
@@ -154,9 +148,7 @@ def _pair_gradient_kernel(q_ptr, k_ptr, v_ptr, dy_ptr, query_norm_ptr, key_norm_
         at = place_R[:, None] * scratch_columns + c_C[None, :]
         tl.store(weight_ptr + out + at, weight.to(dtype))
         tl.store(dlogit_ptr + out + at, (dlogit * norms).to(dtype))
-        dlogit *= logit
-        tl.store(query_along_ptr + (base * COLUMN_TILES + t) * scratch_rows + place_R, tl.sum(dlogit, 1))
-        tl.store(key_along_ptr + (base * ROW_TILES + tile) * scratch_columns + t * COLUMNS + c_C, tl.sum(dlogit, 0))
+        tl.store(along_ptr + (base * COLUMN_TILES + t) * scratch_rows + place_R, tl.sum(dlogit * logit, 1))
 
 
 def launch_delta(*, dy_MHV: Tensor, o_cache_MHV: Tensor, lse_MH: Tensor, sink_H: Tensor | None,
@@ -184,13 +176,12 @@ def launch_pair_gradient(*, q_MHK: Tensor, k_RHK: Tensor, v_RHV: Tensor, dy_MHV:
     column_tiles = slot_tiles + triton.cdiv(units.size, tile.columns)
     shape = (units.units, heads, row_tiles * tile.rows, column_tiles * tile.columns)
     weight, dlogit = (torch.empty(shape, dtype=k_RHK.dtype, device=q_MHK.device) for _ in range(2))
-    query_along, key_along = (torch.empty(*shape[:2], *sums, dtype=torch.float32, device=q_MHK.device)
-                              for sums in ((column_tiles, shape[2]), (row_tiles, shape[3])))
+    along = torch.empty(*shape[:2], column_tiles, shape[2], dtype=torch.float32, device=q_MHK.device)
     _pair_gradient_kernel[(units.units * heads * row_tiles * column_tiles,)](
         q_MHK, k_RHK, v_RHV, dy_MHV, query_norm_MH, key_norm_RH, gamma_q, gamma_k,
         lse_MH if gate_H is None else gate_H, lse_MH, delta_MH, slots_UHw, units.table, weight, dlogit,
-        query_along, key_along, q_MHK.stride(0), k_RHK.stride(0), v_RHV.stride(0), dy_MHV.stride(0), heads, slots,
+        along, q_MHK.stride(0), k_RHK.stride(0), v_RHV.stride(0), dy_MHV.stride(0), heads, slots,
         *shape[2:], key_dim**-0.5, K=key_dim, V=value_dim, CHUNK=min(64, key_dim, value_dim), ROWS=tile.rows,
         COLUMNS=tile.columns, SLOT_TILES=slot_tiles, ROW_TILES=row_tiles, COLUMN_TILES=column_tiles,
         COMBINE=gate_H is not None, INCOMING=incoming, PRECISION="tf32x3", **tile.launch)
-    return PairGradient(weight, dlogit, query_along, key_along, tile.rows, tile.columns, slot_tiles)
+    return PairGradient(weight, dlogit, along, tile.columns, slot_tiles)

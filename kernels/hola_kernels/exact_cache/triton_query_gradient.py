@@ -88,11 +88,11 @@ def launch_query_gradient(*, pairs: PairGradient, q_MHK: Tensor, k_RHK: Tensor, 
     """Fills (or adds to) dq; returns partial sums [P, K] of X. tile.columns: those of the pairs."""
     heads, key_dim = q_MHK.shape[1:]
     width = min(key_dim, PRODUCT_WIDTH)
-    row_tiles, column_tiles = triton.cdiv(units.size, tile.rows), pairs.query_along.shape[2]
+    row_tiles, column_tiles = triton.cdiv(units.size, tile.rows), pairs.along.shape[2]
     programs = units.units * heads * row_tiles
     part = torch.empty(programs, key_dim, dtype=torch.float32, device=q_MHK.device)
     _query_gradient_kernel[(programs, key_dim // width)](
-        pairs.dlogit, pairs.query_along, q_MHK, k_RHK, query_norm_MH, gamma_q, gamma_k, slots_UHw, units.table,
+        pairs.dlogit, pairs.along, q_MHK, k_RHK, query_norm_MH, gamma_q, gamma_k, slots_UHw, units.table,
         dq_MHK, part, q_MHK.stride(0), k_RHK.stride(0), heads, slots_UHw.shape[2], *pairs.scratch, mean,
         key_dim**-0.5, K=key_dim, WIDTH=width, ROWS=tile.rows, COLUMNS=tile.columns, SLOT_TILES=pairs.slot_tiles,
         COLUMN_TILES=column_tiles, SUMS=triton.next_power_of_2(column_tiles), ROW_TILES=row_tiles,

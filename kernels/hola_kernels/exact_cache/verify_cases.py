@@ -8,13 +8,13 @@ every launch, so a number that was never written cannot pass.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from hola_kernels.exact_cache import exact_read, select_cache
+from hola_kernels.verify import poisoned, relative_error
 
 NAMES = ("q", "k", "v", "gamma_q", "gamma_k", "sink", "gate", "o_state")
 # sums: the gradients of sink and gate are one sum a head over all tokens, where terms cancel
@@ -132,29 +132,7 @@ def make_inputs(tokens: int, heads: int, key: int, value: int, dtype: torch.dtyp
         "gate": normal(heads), "score": normal(tokens, heads).abs()}
 
 
-def relative_error(found: Tensor, expected: Tensor) -> float:
-    """RMS of the difference over RMS of what is expected; NaN where anything is."""
-    scale = expected.detach().double().norm().clamp_min(1e-30)
-    return float((found.detach().double() - expected.detach().double()).norm() / scale)
-
-
 def _gradients(y: Tensor, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
     weight = torch.randn(y.shape, generator=torch.Generator().manual_seed(1)).to(y.device).to(torch.bfloat16)
     found = torch.autograd.grad(y, list(inputs.values()), weight.to(y.dtype))
     return dict(zip(inputs, found, strict=True))
-
-
-@contextmanager
-def poisoned() -> Iterator[None]:
-    """torch.empty gives NaN (floats) or -1 (integers) inside."""
-    empty, empty_like = torch.empty, torch.empty_like
-
-    def fill(x: Tensor) -> Tensor:
-        return x.fill_(float("nan") if x.is_floating_point() else -1)
-
-    torch.empty = lambda *a, **o: fill(empty(*a, **o))
-    torch.empty_like = lambda *a, **o: fill(empty_like(*a, **o))
-    try:
-        yield
-    finally:
-        torch.empty, torch.empty_like = empty, empty_like

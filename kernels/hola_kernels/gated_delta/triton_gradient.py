@@ -100,7 +100,7 @@ def _matrix_kernel(k, do, dr, residual, scales, attend, chunks, dv, dbeta, to_dq
 def _query_kernel(q, k, do, states, scales, to_dq, chunks, sums, dq, value_tiles,
                   H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
                   ROWS: tl.constexpr, SUM_ROWS: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr):
-    """One program a chunk and head: dq [64, K] in registers; do [64, BV] and S^T [BV, K] in shared memory, STAGES deep."""
+    """One program a chunk and head: dq [64, K] in registers; do [64, BV], S^T [BV, K] in shared memory, STAGES deep."""
     pid = tl.program_id(0)
     chunk, head = pid // H, pid % H
     start = tl.load(chunks + chunk * 2).to(tl.int64)
@@ -131,9 +131,9 @@ def _query_kernel(q, k, do, states, scales, to_dq, chunks, sums, dq, value_tiles
     row = sums + here * (SUM_ROWS * C) + place
     tl.store(row + DECAY_Q * C, along)
     dq_CK -= unit_CK * (along + tl.load(row + ALONG_Q * C))[:, None]
-    m_CC = tl.load(to_dq + here * (C * C) + place[:, None] * C + place[None, :])
     k_CK = tl.load(k + key_tile, mask=inside[:, None], other=0.0)
-    dq_CK = tl.dot(m_CC, k_CK, dq_CK, input_precision=PRECISION) * rq[:, None]
+    m_CC = tl.load(to_dq + here * (C * C) + place[:, None] * C + place[None, :])
+    dq_CK = dq_CK * rq[:, None] + tl.dot(m_CC, k_CK, input_precision=PRECISION) * rq[:, None]
     tl.store(dq + key_tile, dq_CK.to(narrow), mask=inside[:, None])
 
 

@@ -126,9 +126,11 @@ def prepare(*, q_MHK: Tensor, k_MHK: Tensor, log_decay_MH: Tensor, beta_MH: Tens
     solve = q_MHK.new_empty(count, heads, size, size)
     attend = solve.new_empty(solve.shape)
     launch = launch_of("gated_delta_prepare", key_dim, q_MHK.element_size())
+    # the interpreter knows no bf16x3
+    solve_precision = SOLVE_PRECISION[q_MHK.element_size()] if q_MHK.is_cuda else "ieee"
     if count:
         _prepare_kernel[(count * heads,)](
             q_MHK, k_MHK, log_decay_MH, beta_MH, chunks, scales, solve, attend, H=heads, K=key_dim, C=size,
-            ROWS=SCALES, EPS=L2_EPS, PART=launch.tile, STAGES=launch.stages, PRECISION=precision, SOLVE=SOLVE_PRECISION[q_MHK.element_size()],
+            ROWS=SCALES, EPS=L2_EPS, PART=launch.tile, STAGES=launch.stages, PRECISION=precision, SOLVE=solve_precision,
             num_warps=launch.warps, maxnreg=launch.registers)
     return scales, solve, attend

@@ -207,7 +207,8 @@ def walk_forward(*, q_MHK: Tensor, k_MHK: Tensor, v_MHV: Tensor, scales: Tensor,
     _forward_kernel[(layout.span_count * heads * (value_dim // launch.tile),)](
         q_MHK, k_MHK, v_MHV, scales, solve, attend, layout.spans, state_PHKV, state_out, o, square, None, None,
         H=heads, K=key_dim, V=value_dim, BV=launch.tile, C=64, ROWS=SCALES, PRECISION=precision, STAGES=launch.stages,
-        HAS_STATE=state_PHKV is not None, OUTPUT=True, STATES=False, MAPS=False, num_warps=launch.warps, maxnreg=launch.registers)
+        HAS_STATE=state_PHKV is not None, OUTPUT=True, STATES=False, MAPS=False, num_warps=launch.warps,
+        maxnreg=launch.registers)
     return o, square, state_out
 
 
@@ -221,7 +222,8 @@ def recompute_states(*, k_MHK: Tensor, v_MHV: Tensor, scales: Tensor, solve: Ten
     _forward_kernel[(layout.span_count * heads * (value_dim // launch.tile),)](
         None, k_MHK, v_MHV, scales, solve, None, layout.spans, state_PHKV, None, None, None, residual, states,
         H=heads, K=key_dim, V=value_dim, BV=launch.tile, C=64, ROWS=SCALES, PRECISION=precision, STAGES=launch.stages,
-        HAS_STATE=state_PHKV is not None, OUTPUT=False, STATES=True, MAPS=False, num_warps=launch.warps, maxnreg=launch.registers)
+        HAS_STATE=state_PHKV is not None, OUTPUT=False, STATES=True, MAPS=False, num_warps=launch.warps,
+        maxnreg=launch.registers)
     return states, residual
 
 

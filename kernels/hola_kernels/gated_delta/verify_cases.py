@@ -1,7 +1,7 @@
 """Correctness cases of the gated delta rule, against the chunked torch backend in float64.
 
 One case a (K, V, dtype) that can be launched and a kind of input: slow decay with a state coming in and
-its gradient going out, packed documents with empty and one-token ones, keys nearly equal with beta near 1,
+its gradient going out, packed documents with empty and one-token ones, keys alike or nearly equal with beta near 1,
 a decay so fast that only its last digits matter, and long sequences split in spans.
 """
 
@@ -19,6 +19,7 @@ LIMITS = {"bfloat16": (0.005, 0.008, 0.02), "float16": (0.005, 0.008, 0.02), "fl
 KINDS = {
     "slow": {"cuts": (0, 200), "decay": 0.003},
     "packed": {"cuts": (0, 0, 1, 64, 64, 129, 400), "decay": 0.02},
+    "alike keys": {"cuts": (0, 300), "decay": 0.0, "spread": 1.0},
     "equal keys": {"cuts": (0, 300), "decay": 0.0, "spread": 0.2},
     "fast": {"cuts": (0, 130, 257), "decay": 3.0},
     "split": {"cuts": (0, 0, 200, 201, 600), "decay": 0.02, "chunks_a_span": 2},
@@ -38,10 +39,13 @@ def cases() -> list[tuple[str, Callable[[], dict[str, float]]]]:
 
 
 def limit(name: str, output: str) -> float:
+    """The contract's, twice that for nearly equal keys in 16 bits: there a state is the small difference of writes that
+    are each rounded to 16 bits, so the error is the format's, whatever the kernel does."""
     forward, gradient, scalar_gradient = LIMITS[name.split()[1]]
+    factor = 2 if name.endswith("equal keys") and "float32" not in name else 1
     if output in ("o", "score", "state"):
-        return forward
-    return scalar_gradient if output in ("dbeta", "dlog_decay") else gradient
+        return factor * forward
+    return factor * (scalar_gradient if output in ("dbeta", "dlog_decay") else gradient)
 
 
 def measure(*, dtype: torch.dtype, key: int, value: int, cuts: tuple[int, ...], decay: float, device: str,
@@ -70,7 +74,8 @@ def make_inputs(tokens: int, segments: int, heads: int, key: int, value: int, de
     def normal(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=g, dtype=torch.float64)
 
-    k = 2 * normal(tokens, heads, key) if spread is None else normal(1, heads, key) + spread * normal(tokens, heads, key)
+    k = 2 * normal(tokens, heads, key)
+    k = k if spread is None else normal(1, heads, key) + spread / 2 * k
     beta = torch.sigmoid(2 * normal(tokens, heads) + 1)
     beta = torch.full_like(beta, 0.999) if spread is not None else beta
     beta[::7], beta[3::11] = 0.999, 0.0
