@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import signal
@@ -10,11 +11,13 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 
 from hola_megatron.checkpoint.folder import open_checkpoint
 from hola_megatron.checkpoint.tensors import TensorReader
+from hola_megatron.errors import run_cli
 
 ROOT = Path(__file__).parent.parent
 
@@ -59,6 +62,21 @@ def start_program(arguments: list[str], log: Path, *, ranks: int = 0,
     with log.open("w") as output:
         return subprocess.Popen([sys.executable, *launcher, *arguments], stdout=output, stderr=subprocess.STDOUT,
                                 cwd=ROOT, env=variables, start_new_session=True)
+
+
+def run_tool(name: str, arguments: list[str], capsys: Any) -> Finished:
+    """tools/NAME in this process, which has paid for its imports already."""
+    spec = importlib.util.spec_from_file_location(f"tool_{name}", ROOT / "tools" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    capsys.readouterr()
+    with mock.patch.object(sys, "argv", [f"tools/{name}.py", *arguments]):
+        try:
+            run_cli(module.main)
+        except SystemExit as ended:
+            code = ended.code
+    seen = capsys.readouterr()
+    return Finished(code, seen.out + seen.err)
 
 
 def write_recipe(path: Path, data: Path, **changes: Any) -> Path:

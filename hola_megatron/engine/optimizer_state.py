@@ -30,6 +30,7 @@ class OptimizerState:
         self.distributed = isinstance(self.inner, DistributedOptimizer)
         if self.inner.init_state_fn is not None and self.inner.optimizer is not None:
             self.inner.init_state_fn(self.inner.optimizer, self.inner.config)
+        self.shards = self._find_shards() if self.distributed else {}
 
     def gather(self, parameter: nn.Parameter, writer: int) -> dict[str, Tensor] | None:
         """{"weight", "exp_avg", "exp_avg_sq"} float32 in the parameter's shape, on data rank `writer` (None elsewhere).
@@ -78,11 +79,25 @@ class OptimizerState:
             start, end = self._range(parameter)
             if end == start:
                 return {}
-            tensors = self.inner._get_main_param_and_optimizer_states(parameter)
-            return {"weight": tensors["param"].view(-1), **{name: tensors[name].view(-1) for name in STATES}}
+            shard = self.shards[parameter]
+            state = self.inner.optimizer.state[shard]
+            return {"weight": shard.view(-1), **{name: state[name].view(-1) for name in STATES}}
         mixed = isinstance(self.inner, Float16OptimizerWithFloat16Params) and parameter.dtype != torch.float32
         main = parameter.main_param if mixed else parameter
         return {"weight": main, **{name: self.inner.optimizer.state[main][name] for name in STATES}}
+
+    def _find_shards(self) -> dict[nn.Parameter, Tensor]:
+        """The float32 shard of every parameter the distributed optimizer holds here.
+
+        Not by `model_param_group_index_map`: its order within a group is that of the gradient buffers, while the
+        group lists float32 parameters first. In a bf16 model with float32 gates the two differ.
+        """
+        inner, shards = self.inner, {}
+        for models, mains in ((inner.model_float16_groups, inner.shard_fp32_from_float16_groups),
+                              (inner.model_fp32_groups, inner.shard_fp32_groups)):
+            for group, main_group in zip(models, mains, strict=True):
+                shards |= dict(zip(group, main_group, strict=True))
+        return shards
 
     def _range(self, parameter: nn.Parameter) -> tuple[int, int]:
         """The flat range of the parameter this data rank owns; empty where it owns none."""

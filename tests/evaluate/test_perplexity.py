@@ -9,7 +9,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import run_program
+from helpers import run_tool
 from tiny import export, recipe
 
 from hola_megatron.errors import CheckpointError, DataError
@@ -105,14 +105,15 @@ def test_a_foreign_tokenizer_is_refused(folder, tmp_path):
         load(tmp_path, device="cpu")
 
 
-def test_the_program(folder, tmp_path):
+def test_the_program(folder, tmp_path, capsys):
     text = tmp_path / "text.txt.xz"
     text.write_bytes(lzma.compress("\n".join(DOCUMENTS[:2]).encode()))
-    log, numbers = tmp_path / "log.txt", tmp_path / "numbers.json"
-    done = run_program(["tools/evaluate.py", str(folder), "--text", str(text), "--prompt", "To be", "--device", "cpu",
-                        "--json", str(numbers)], log)
+    numbers = tmp_path / "numbers.json"
+    done = run_tool("evaluate", [str(folder), "--text", str(text), "--prompt", "To be", "--json", str(numbers)], capsys)
     assert done.code == 0, done.output
     assert "windows of 64 tokens" in done.output and "greedy sample  " in done.output
     assert json.loads(numbers.read_text())["perplexity_per_token"] > 1
-    done = run_program(["tools/evaluate.py", str(folder), "--stream", "--window", "5"], log)
-    assert done.code == 2 and done.output.count("RecipeError: ") == 2 and "Traceback" not in done.output
+    done = run_tool("evaluate", [str(folder), "--stream", "--window", "5"], capsys)
+    assert done.code == 2 and done.output.count("RecipeError: ") == 2
+    done = run_tool("evaluate", [str(tmp_path / "none"), "--text", str(text)], capsys)
+    assert done.code == 2 and "no such folder; give an exported model" in done.output

@@ -8,17 +8,19 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import ROOT, checkpoint_tensors, metric_rows, run_program, write_recipe
+from helpers import ROOT, checkpoint_tensors, metric_rows, run_program, run_tool, write_recipe
 from safetensors.torch import load_file, save_file
 from tiny import export, recipe, tokens
 
 from hola_megatron.checkpoint.folder import MANIFEST, file_digest, find_checkpoint
-from hola_megatron.config import build_recipe, load_recipe
+from hola_megatron.config import Recipe, build_recipe, load_recipe
 from hola_megatron.errors import CheckpointError, DataError, RecipeError
 from hola_megatron.hf.auto import load_model
 from hola_megatron.hf.convert import ExportOptions, from_hf, to_hf
 from hola_megatron.hf.shape import config_of, differences, model_section
 from hola_megatron.hf.verify import verify
+from hola_megatron.parallel.groups import stop
+from hola_megatron.train import train
 
 FAMILIES = {
     "hola": {"pattern": "H"}, "gdn": {"pattern": "G"}, "transformer": {"pattern": "A", "rope_theta": 500.0},
@@ -133,27 +135,30 @@ def test_training_goes_on_from_an_import(tmp_path, text_data):
     """A real run, exported and imported, trains on: as a new run and as the run it was."""
     made = write_recipe(tmp_path / "r.yaml", text_data / "train", run_dir=str(tmp_path / "run"), train__steps=3,
                         checkpoint__every=2, checkpoint__keep=3)
-    train(made, tmp_path)
+    train_here(load_recipe(made))
     whole = metric_rows(tmp_path / "run")
     step_2 = tmp_path / "run" / "checkpoints" / "step_00000002"
     to_hf(step_2, tmp_path / "out")
 
     from_hf(tmp_path / "out", tmp_path / "on")
-    train(tmp_path / "on" / "recipe.yaml", tmp_path)
+    done = run_program(["-m", "hola_megatron.train", str(tmp_path / "on" / "recipe.yaml")], tmp_path / "log.txt")
+    assert done.code == 0 and "resuming at step 2" in done.output, done.output[-3000:]
     rows = metric_rows(tmp_path / "on")
     # step 3 sees the weights and the samples it saw in the whole run; its loss is taken before the update
     assert [row["step"] for row in rows] == [3] and rows[0]["loss"] == pytest.approx(whole[2]["loss"], rel=1e-6)
     assert find_checkpoint(tmp_path / "on").manifest["optimizer_step"] == 1
 
     from_hf(tmp_path / "out", tmp_path / "new", load_recipe(made, ["train.steps=2"]))
-    train(tmp_path / "new" / "recipe.yaml", tmp_path)
+    train_here(load_recipe(tmp_path / "new" / "recipe.yaml"))
     rows = metric_rows(tmp_path / "new")
     assert [row["step"] for row in rows] == [1, 2] and rows[0]["loss"] < whole[0]["loss"] - 0.05
 
 
-def train(recipe_file: Path, folder: Path) -> None:
-    done = run_program(["-m", "hola_megatron.train", str(recipe_file)], folder / "log.txt")
-    assert done.code == 0, done.output[-3000:]
+def train_here(made: Recipe) -> None:
+    try:
+        train(made)
+    finally:
+        stop()
 
 
 def left_in(folder: Path) -> set[str]:
@@ -298,12 +303,17 @@ def test_an_import_without_a_recipe_says_so(exported, tmp_path):
     assert from_hf(bare, tmp_path / "x", recipe()).name == "step_00000000"
 
 
-def test_the_program_prints_the_proof_and_errors_as_one_line(run, exported, tmp_path):
-    log = tmp_path / "log.txt"
-    done = run_program(["tools/convert.py", "to-hf", str(run), str(tmp_path / "out")], log)
-    assert done.code == 0, done.output
+def test_the_program_prints_the_proof_and_errors_as_one_line(run, exported, tmp_path, capsys):
+    out = str(tmp_path / "out")
+    done = run_tool("convert", ["to-hf", str(run), out, "--dtype", "bf16"], capsys)
+    assert done.code == 0 and done.output.splitlines()[-1] == f"done: {out}"
     assert re.search(r"logits of 98 tokens \| max difference \d\.\d+e-\d+.*\| mean .*greedy tokens equal 98 of 98",
-                     done.output) and done.output.splitlines()[-1] == f"done: {tmp_path / 'out'}"
-    done = run_program(["tools/convert.py", "from-hf", str(exported), str(run)], log)
-    assert done.code == 2 and "Traceback" not in done.output
+                     done.output)
+    assert run_tool("convert", ["verify", str(run), out], capsys).output.endswith("verified\n")
+    done = run_tool("convert", ["to-hf", str(run), out, "--overwrite", "--no-verify"], capsys)
+    assert done.code == 0 and "warning: --no-verify" in done.output and "logits of" not in done.output
+    done = run_tool("convert", ["from-hf", out, str(tmp_path / "back")], capsys)
+    assert done.code == 0 and f"hola_megatron.train {tmp_path / 'back' / 'recipe.yaml'}" in done.output
+    done = run_tool("convert", ["from-hf", str(exported), str(run)], capsys)
+    assert done.code == 2
     assert done.output.strip().splitlines()[-1].startswith(f"CheckpointError: {run}: exists and is no folder written")

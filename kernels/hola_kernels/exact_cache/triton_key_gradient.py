@@ -127,8 +127,8 @@ def _through_norm(g, x_ptr, at, is_row, norm, mean):
 
 
 @triton.jit
-def _own_sums_kernel(scratch_ptr, x_ptr, part_ptr, slots_ptr, units_ptr, first_unit_ptr, k_ptr, key_norm_ptr, gamma_q_ptr,
-                     gamma_k_ptr, gate_ptr, out_ptr, x_stride, k_stride, H, w, tokens, units, scratch_rows,
+def _own_sums_kernel(scratch_ptr, x_ptr, part_ptr, slots_ptr, units_ptr, first_unit_ptr, k_ptr, key_norm_ptr,
+                     gamma_q_ptr, gamma_k_ptr, gate_ptr, out_ptr, x_stride, k_stride, H, w, tokens, units, scratch_rows,
                      scratch_columns, own_column, mean, scale, D: tl.constexpr, ROWS: tl.constexpr,
                      COLUMNS: tl.constexpr, TILES: tl.constexpr, SLOTS: tl.constexpr, KEYS: tl.constexpr,
                      GATED: tl.constexpr, ADD: tl.constexpr, PRECISION: tl.constexpr):

@@ -7,8 +7,9 @@ Everything the rest needs is a plain matrix product of P or D with rows as they 
     dv_j = s sum_i P_ij dy_i      g_i = K^-1/2 gamma sum_j D_ij k_j            (gamma = gamma_q gamma_k)
     dq_i = g_i - q_i (mean r_i^2 a_i),  a_i = g_i . q_i = sum_j dS_ij logit_ij,
 and dk likewise from sum_i D_ij q_i. With a_i summed here, the product for dq needs no pass over
-whole rows at its end, so it can be cut along K. P and D are written once in the inputs' type (58 MB each at the shape below) instead of being computed for
-each side: 5 matrix products in all, not 7, and no product is transposed in registers.
+whole rows at its end, so it can be cut along K. P and D are written once in the inputs' type
+(58 MB each at the shape below) instead of being computed for each side: 5 matrix products in
+all, not 7, and no product is transposed in registers.
 Keeping dq in the same program was tried: its accumulator left one program a multiprocessor.
 
 Work for (16, 2048, 4, 256, 64), K = V = 256, bf16: 4 * 224 * 256 FLOP a query and head = 30 GFLOP; HBM

@@ -17,9 +17,8 @@ from hola_kernels.exact_cache import exact_read, select_cache
 from hola_kernels.verify import poisoned, relative_error
 
 NAMES = ("q", "k", "v", "gamma_q", "gamma_k", "sink", "gate", "o_state")
-# sums: the gradients of sink and gate are one sum a head over all tokens, where terms cancel
-LIMITS = {"float32": {"o": 1e-5, "gradient": 1e-4, "sum": 1e-4}, "bfloat16": {"o": 5e-3, "gradient": 8e-3, "sum": 2e-2},
-          "float16": {"o": 1e-3, "gradient": 2e-3, "sum": 5e-3}}
+LIMITS = {"float32": {"o": 1e-5, "gradient": 1e-4}, "bfloat16": {"o": 5e-3, "gradient": 8e-3},
+          "float16": {"o": 1e-3, "gradient": 2e-3}}
 PACKED = (0, 0, 1, 64, 65, 700, 700, 1723)
 
 
@@ -45,7 +44,7 @@ def limit(name: str, output: str) -> float:
     """The largest error of `output` that the case `name` may show."""
     if output == "wrong slots":
         return 0.5
-    return LIMITS[name.split()[0]]["o" if output == "o" else "sum" if output in ("sink", "gate") else "gradient"]
+    return LIMITS[name.split()[0]]["o" if output == "o" else "gradient"]
 
 
 def measure_read(*, dtype: torch.dtype, key: int, value: int, lengths: list[int] | None = None,
@@ -60,6 +59,14 @@ def measure_read(*, dtype: torch.dtype, key: int, value: int, lengths: list[int]
     score = inputs.pop("score")
     bounds = torch.tensor(cuts or range(0, batch * length + 1, length), device=device)
     blocks = triton_read.Blocks.cut(bounds, batch * length, block=block, slots=slots, dense=cuts is None)
+    wide = {n: x.double().requires_grad_() for n, x in inputs.items()}
+    own = {n: wide[n].view(batch, length, *wide[n].shape[1:]) for n in ("q", "k", "v")}
+    o_cache, _ = exact_read(**own, **{n: wide[n] for n in ("gamma_q", "gamma_k", "sink")}, block=block, slots=slots,
+                            score=score.double().view(batch, length, heads), backend="torch",
+                            read_norm=read_norm, cu_seqlens=bounds if cuts else None)
+    expected_y = wide["o_state"] + wide["gate"].sigmoid()[:, None] * o_cache.flatten(0, 1)
+    dy = _incoming_gradient(expected_y)
+    expected = _gradients(expected_y, wide, dy)
     narrow = {n: x.clone().requires_grad_() for n, x in inputs.items()}
     chosen = dict(read_configs.TABLE)
     if config is not None:
@@ -67,16 +74,9 @@ def measure_read(*, dtype: torch.dtype, key: int, value: int, lengths: list[int]
     try:
         with poisoned():
             y = triton_read.exact_read_combine(**narrow, score=score, blocks=blocks, read_norm=read_norm)
-            found = _gradients(y, narrow)
+            found = _gradients(y, narrow, dy)
     finally:
         read_configs.TABLE.update(chosen)
-    wide = {n: x.double().requires_grad_() for n, x in inputs.items()}
-    own = {n: wide[n].view(batch, length, *wide[n].shape[1:]) for n in ("q", "k", "v")}
-    o_cache, _ = exact_read(**own, **{n: wide[n] for n in ("gamma_q", "gamma_k", "sink")}, block=block, slots=slots,
-                            score=score.double().view(batch, length, heads), backend="torch",
-                            read_norm=read_norm, cu_seqlens=bounds if cuts else None)
-    expected_y = wide["o_state"] + wide["gate"].sigmoid()[:, None] * o_cache.flatten(0, 1)
-    expected = _gradients(expected_y, wide)
     return {"o": relative_error(y, expected_y)} | {n: relative_error(found[n], expected[n]) for n in NAMES}
 
 
@@ -87,6 +87,10 @@ def measure_pieces(*, dtype: torch.dtype, bounds: tuple[int, ...] = (0, 300, 310
     sizes = {"block": block, "slots": slots}
     inputs = {n: x[None] if x.ndim > 1 else x for n, x in inputs.items() if n not in ("gate", "o_state")}
     score = inputs.pop("score")
+    wide = {n: x.double().requires_grad_() for n, x in inputs.items()}
+    expected_o, _ = exact_read(**wide, score=score.double(), backend="torch", **sizes)
+    do = _incoming_gradient(expected_o)
+    expected = _gradients(expected_o, wide, do)
     narrow = {n: x.clone().requires_grad_() for n, x in inputs.items()}
     memory, outputs = None, []
     with poisoned():
@@ -94,12 +98,9 @@ def measure_pieces(*, dtype: torch.dtype, bounds: tuple[int, ...] = (0, 300, 310
             piece = {n: x[:, start:end] if x.ndim > 2 else x for n, x in narrow.items()}
             o, memory = exact_read(**piece, score=score[:, start:end], memory=memory, backend="triton", **sizes)
             outputs.append(o)
-        found = _gradients(torch.cat(outputs, 1), narrow)
-    wide = {n: x.double().requires_grad_() for n, x in inputs.items()}
-    expected_o, _ = exact_read(**wide, score=score.double(), backend="torch", **sizes)
-    expected = _gradients(expected_o, wide)
-    return {"o": relative_error(torch.cat(outputs, 1), expected_o)} | {
-        n: relative_error(found[n], expected[n]) for n in found}
+        o = torch.cat(outputs, 1)
+        found = _gradients(o, narrow, do)
+    return {"o": relative_error(o, expected_o)} | {n: relative_error(found[n], expected[n]) for n in found}
 
 
 def measure_selection() -> dict[str, float]:
@@ -132,7 +133,15 @@ def make_inputs(tokens: int, heads: int, key: int, value: int, dtype: torch.dtyp
         "gate": normal(heads), "score": normal(tokens, heads).abs()}
 
 
-def _gradients(y: Tensor, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
-    weight = torch.randn(y.shape, generator=torch.Generator().manual_seed(1)).to(y.device).to(torch.bfloat16)
-    found = torch.autograd.grad(y, list(inputs.values()), weight.to(y.dtype))
-    return dict(zip(inputs, found, strict=True))
+def _incoming_gradient(y: Tensor) -> Tensor:
+    """Noise plus y itself, representable in bfloat16.
+
+    Of noise alone the gradients of gate and sink are sums whose terms cancel: there the rounding of o, saved in
+    16 bit, is up to 1e-2 of what is left, whatever the kernel does. With y in it the terms add up.
+    """
+    noise = torch.randn(y.shape, generator=torch.Generator().manual_seed(1)).to(y.device)
+    return (noise + y.detach()).to(torch.bfloat16)
+
+
+def _gradients(y: Tensor, inputs: dict[str, Tensor], dy: Tensor) -> dict[str, Tensor]:
+    return dict(zip(inputs, torch.autograd.grad(y, list(inputs.values()), dy.to(y.dtype)), strict=True))

@@ -158,6 +158,10 @@ def _key_kernel(q, k, dr, residual, states, dstates, scales, from_q, from_k, chu
     key_tile = at * K + place[:, None] * (H * K) + dim[None, :]
     matrix = here * (C * C) + place[:, None] * C + place[None, :]
 
+    # asked for before the loop, so that nothing waits for them after it
+    k_CK = tl.load(k + key_tile, mask=inside[:, None], other=0.0)
+    q_CK = tl.load(q + key_tile, mask=inside[:, None], other=0.0)
+    from_k_CC, from_q_CC = tl.load(from_k + matrix), tl.load(from_q + matrix)
     dk_CK, after_CK = tl.zeros([C, K], tl.float32), tl.zeros([C, K], tl.float32)
     product_VV = tl.zeros([BV, BV], tl.float32)
     for j in tl.range(0, value_tiles, num_stages=STAGES):
@@ -176,16 +180,14 @@ def _key_kernel(q, k, dr, residual, states, dstates, scales, from_q, from_k, chu
     dk_CK *= (-tl.exp(g) * b)[:, None]
     after_CK *= (tl.exp(g_end - g) * b)[:, None]
     identity = tl.where(place[:, None] == place[None, :], 1.0, 0.0).to(narrow)  # as in the query kernel
-    k_CK = tl.load(k + key_tile, mask=inside[:, None], other=0.0)
     unit_CK = tl.dot(identity, k_CK, input_precision=PRECISION) * rk[:, None]
     along, outgoing = tl.sum(dk_CK * unit_CK, 1), tl.sum(after_CK * unit_CK, 1)
     row = sums + here * (SUM_ROWS * C) + place
     dg = tl.load(row + DECAY_OWN * C) + tl.load(row + DECAY_Q * C) + along - outgoing
     dk_CK += after_CK - unit_CK * (along + outgoing + tl.load(row + ALONG_K * C))[:, None]
     # beta multiplies the products and not their sum: two products into one accumulator would count as a chain
-    dk_CK += tl.dot(tl.load(from_k + matrix), k_CK, input_precision=PRECISION) * b[:, None]
-    q_CK = tl.load(q + key_tile, mask=inside[:, None], other=0.0)
-    dk_CK += tl.dot(tl.load(from_q + matrix), q_CK, input_precision=PRECISION) * b[:, None]
+    dk_CK += tl.dot(from_k_CC, k_CK, input_precision=PRECISION) * b[:, None]
+    dk_CK += tl.dot(from_q_CC, q_CK, input_precision=PRECISION) * b[:, None]
     tl.store(dk + key_tile, (dk_CK * rk[:, None]).to(narrow), mask=inside[:, None])
 
     boundary = tl.exp(g_end) * trace + tl.sum(outgoing, 0)

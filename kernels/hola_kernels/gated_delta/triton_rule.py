@@ -1,9 +1,25 @@
-"""The gated delta rule on the GPU: five launches, forward and backward, as one autograd function.
+"""The gated delta rule on the GPU: seven launches, forward and backward, as one autograd function.
 
     forward    prepare (every chunk)        walk_forward (every span)
-    backward   recompute_states (span)      walk_backward (span)         chunk_gradients (chunk)
+    backward   recompute_states (span)      walk_backward (span)         chunk_gradients (chunk: matrices, dq, dk)
 
-and four small or short ones more where a long sequence is split (triton_split).
+and five short ones more where a long sequence is split (triton_split). Two rules shape all of it: raw q and k go
+into every product, their unit lengths and decays are scales of 64 numbers applied to the results, so no normalised
+or decayed copy is ever written; and a backward pass needs no per-chunk state from the forward pass.
+
+Counted at B 16, T 2048, H 4, K = V = 256 in 16 bits (2048 chunks and heads; 67 MB a tensor of tokens):
+
+    launch              GFLOP   read MB                            written MB
+    prepare                13   q k 134                            U P 34
+    walk_forward           60   q k v 201, U P 34                  o 67
+    recompute_states       39   k v 134, U 17                      states 268, e 67
+    walk_backward          60   q k do 201, U P 34                 dr 67, dstates 268
+    matrices               13   do dr e k 268, P 17                dv 67, three matrices 50
+    dq                     26   do q k 201, states 268, M 17       dq 67
+    dk                     64   dr e q k 268, both states 537, 34  dk 67
+
+Floors at 700 TFLOP/s and 4.3 TB/s: 0.13 ms forward, 0.69 ms backward (bytes, three quarters of them the states of
+every chunk, written once and read twice).
 """
 
 from __future__ import annotations
