@@ -1,7 +1,9 @@
-"""Perplexity of a text under an exported model or a checkpoint.
+"""Perplexity of a text under an exported model or a checkpoint; LAMBADA and needle tasks.
 
     python tools/evaluate.py out/ --text wikitext.test.txt
     python tools/evaluate.py runs/hola_tiny --bundled valid --stream
+    python tools/evaluate.py out/ --last-word lambada_test.jsonl
+    python tools/evaluate.py out/ --needle 2048 4096 8192
 
 Texts may be .txt, .jsonl (each also .gz, .xz, .zst) or .parquet; a .txt file is one document.
 Exit codes: 0 done, 2 model not usable, 3 text or tokenizer not usable.
@@ -14,10 +16,13 @@ import hola_megatron.quiet  # isort: skip  # noqa: F401
 import argparse
 import json
 from pathlib import Path
+from typing import Any
 
-from hola_megatron.data.documents import BUNDLED_PARTS, DocumentReader, bundled_source, find_sources
+from hola_megatron.data.documents import BUNDLED_PARTS, DocumentReader, Source, bundled_source, find_sources
 from hola_megatron.errors import RecipeError, run_cli
+from hola_megatron.evaluate.last_word import last_word
 from hola_megatron.evaluate.load import exported, greedy_sample, load
+from hola_megatron.evaluate.needle import needle
 from hola_megatron.evaluate.perplexity import perplexity
 from hola_megatron.hf.convert import DTYPES
 
@@ -26,8 +31,10 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("path", type=Path, help="exported folder, run folder or checkpoint")
-    add("--text", nargs="+", default=[], help="files, folders or patterns")
-    add("--bundled", choices=BUNDLED_PARTS, help="use the Shakespeare text that comes with the project")
+    add("--text", nargs="+", default=[], help="perplexity of these files, folders or patterns")
+    add("--bundled", choices=BUNDLED_PARTS, help="perplexity of the Shakespeare text that comes with the project")
+    add("--last-word", nargs="+", default=[], metavar="TEXT", help="LAMBADA: passages whose last word is asked for")
+    add("--needle", nargs="+", type=int, default=[], metavar="TOKENS", help="a number hidden in texts of these lengths")
     add("--text-field", default="text", help="key (jsonl) or column (parquet) of the text; default %(default)s")
     add("--split-on", metavar="LINE", help="txt: a line equal to LINE parts documents ('' = blank lines)")
     add("--window", type=int, help="tokens of a window; default: the length the model was trained at")
@@ -45,24 +52,41 @@ def main() -> int:
     args = _parser().parse_args()
     _refuse(args)
     sources = [bundled_source(args.bundled)] if args.bundled else find_sources(args.text)
+    passages = find_sources(args.last_word)
     with exported(args.path, args.tokenizer) as folder:
         model, tokenizer = load(folder, dtype=DTYPES.get(args.dtype), device=args.device)
-    window = None if args.stream else args.window or model.config.max_position_embeddings
-    found = perplexity(model, tokenizer, DocumentReader(sources, args.text_field, args.split_on), window=window,
-                       batch=args.batch)
     print(f"model                {args.path}, {model.num_parameters():,} parameters, {model.dtype}, {model.device}")
-    print(found)
+    numbers: dict[str, Any] = {}
+    if sources:
+        window = None if args.stream else args.window or model.config.max_position_embeddings
+        found = perplexity(model, tokenizer, _read(args, sources), window=window, batch=args.batch)
+        print(found)
+        numbers |= found.to_dict()
+    if passages:
+        words = last_word(model, tokenizer, _read(args, passages), batch=args.batch)
+        print(words)
+        numbers |= {"last_word": {"accuracy": words.accuracy, "perplexity": words.perplexity}}
+    for length in args.needle:
+        result = needle(model, tokenizer, length)
+        print(result, flush=True)
+        numbers.setdefault("needle", {})[length] = result.right / result.asked
     if args.prompt is not None:
         print(f"greedy sample        {greedy_sample(model, tokenizer, args.prompt, 48)!r}")
     if args.json:
-        args.json.write_text(json.dumps(found.to_dict(), indent=1) + "\n", encoding="utf-8")
+        args.json.write_text(json.dumps(numbers, indent=1) + "\n", encoding="utf-8")
     return 0
+
+
+def _read(args: argparse.Namespace, sources: list[Source]) -> DocumentReader:
+    return DocumentReader(sources, args.text_field, args.split_on)
 
 
 def _refuse(args: argparse.Namespace) -> None:
     problems = []
-    if bool(args.text) == bool(args.bundled):
+    if args.text and args.bundled:
         problems.append("--text: give either --text FILE... or --bundled train|valid")
+    if not (args.text or args.bundled or args.last_word or args.needle):
+        problems.append("--text: nothing to evaluate; give --text, --bundled, --last-word or --needle")
     if args.stream and args.window:
         problems.append("--window: has no meaning with --stream; give one of the two")
     for name in ("window", "batch"):

@@ -77,8 +77,9 @@ class _Module:
         for node in self.tree.body:
             if isinstance(node, ast.FunctionDef | ast.ClassDef):
                 names[node.name] = node
-            elif isinstance(node, ast.Assign):
-                names |= {target.id: node for target in node.targets if isinstance(target, ast.Name)}
+            elif isinstance(node, ast.Assign | ast.AnnAssign):
+                targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+                names |= {target.id: node for target in targets if isinstance(target, ast.Name)}
         return names
 
     def text(self, node: ast.stmt) -> str:

@@ -81,11 +81,11 @@ class LayerMemory:
 class DeltaMemory(LayerMemory):
     """Of an H or G layer.
 
-    tail [N, W - 1, 2 H K + H V]: the last inputs of the convolutions of q, k and v
+    q_tail, k_tail [N, W - 1, H K], v_tail [N, W - 1, H V]: the last inputs of the convolutions
     state: the HolaState of an H layer; float32 [N, H, K, V] of a G layer
     """
 
-    fields = ("tail", "state")
+    fields = ("q_tail", "k_tail", "v_tail", "state")
 
 
 class AttentionMemory(LayerMemory):

@@ -60,7 +60,7 @@ class Padding:
     """Which columns of a padded batch are tokens.
 
     valid [B, T] bool; index [M] int64: their places in the flattened batch, row by row;
-    cuts [B + 1] int64: where each row's tokens begin and end among the M.
+    cuts [B + 1] int64 on the CPU, where the operations lay out their work: each row's first token among the M, and M.
     """
 
     valid: Tensor
@@ -78,12 +78,12 @@ class Padding:
         valid = attention_mask[:, -columns:].bool()
         if valid.all():
             return None
-        cuts = F.pad(valid.sum(1).cumsum(0), (1, 0))
+        cuts = F.pad(valid.sum(1).cumsum(0), (1, 0)).cpu()
         return cls(valid, valid.flatten().nonzero().squeeze(1), cuts)
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Padding:
         """On another device (a model spread over several moves it from layer to layer)."""
-        return Padding(*(x.to(device, non_blocking=non_blocking) for x in (self.valid, self.index, self.cuts)))
+        return Padding(*(x.to(device, non_blocking=non_blocking) for x in (self.valid, self.index)), self.cuts)
 
     def pack(self, x: Tensor) -> Tensor:
         """[B, T, D] -> [1, M, D]."""
@@ -96,11 +96,31 @@ class Padding:
 
 
 class ShortConvolution(nn.Module):
-    """The weight [D, W] of a depthwise causal convolution; its last column multiplies the current token."""
+    """A depthwise causal convolution with SiLU; the last column of weight [D, W] multiplies the current token."""
 
-    def __init__(self, width: int, taps: int):
+    def __init__(self, width: int, config: HolaConfig):
         super().__init__()
-        self.weight = nn.Parameter(torch.empty(width, taps))
+        self.weight = nn.Parameter(torch.empty(width, config.conv_width))
+        self.backend = config.backend
+
+    def forward(self, x_BTD: Tensor, cuts: Tensor | None, tail: Tensor | None, decoding: bool) -> tuple[Tensor, Tensor]:
+        """(y like x, tail [N, W - 1, D] of the last inputs); decoding: one token a row, `tail` updated in place."""
+        if decoding and tail is not None:
+            return short_conv_step(x=x_BTD[:, 0], weight=self.weight, tail=tail)[:, None], tail
+        return short_conv(x=x_BTD, weight=self.weight, cu_seqlens=cuts, tail=tail, return_tail=True,
+                          backend=self.backend)
+
+
+class GatedNorm(nn.Module):
+    """RMSNorm of every head times SiLU of its gate."""
+
+    def __init__(self, config: HolaConfig):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(config.value_dim))
+        self.eps, self.backend = config.norm_eps, config.backend
+
+    def forward(self, x: Tensor, gate: Tensor) -> Tensor:
+        return gated_rms_norm(x=x, gate=gate, weight=self.weight, eps=self.eps, backend=self.backend)
 
 
 class HolaDeltaMixer(nn.Module):
@@ -114,7 +134,7 @@ class HolaDeltaMixer(nn.Module):
         for name, rows in (("q", keys), ("k", keys), ("v", values), ("g", values), ("b", heads)):
             setattr(self, f"{name}_proj", nn.Linear(width, rows, bias=False))
         for name, rows in (("q", keys), ("k", keys), ("v", values)):
-            setattr(self, f"{name}_conv", ShortConvolution(rows, config.conv_width))
+            setattr(self, f"{name}_conv", ShortConvolution(rows, config))
         if config.decay:
             self.a_proj = nn.Linear(width, heads, bias=False)
             self.A_log, self.dt_bias = _vector(heads), _vector(heads)
@@ -122,7 +142,7 @@ class HolaDeltaMixer(nn.Module):
             self.gamma_q, self.gamma_k, self.gate = _vector(config.key_dim), _vector(config.key_dim), _vector(heads)
             if config.cache_sink:
                 self.sink = _vector(heads)
-        self.o_norm = nn.RMSNorm(config.value_dim, eps=config.norm_eps)
+        self.o_norm = GatedNorm(config)
         self.o_proj = nn.Linear(values, width, bias=False)
 
     def forward(self, hidden_BTD: Tensor, padding: Padding | None, memory: DeltaMemory | None) -> Tensor:
@@ -133,18 +153,13 @@ class HolaDeltaMixer(nn.Module):
         tokens = self._tokens(x, cuts, memory, decoding)
         o = self._mix_one(tokens, memory) if decoding else self._mix(tokens, cuts, memory)
         gate = self.g_proj(x).unflatten(-1, (-1, self.config.value_dim))
-        normed = gated_rms_norm(x=o, gate=gate, weight=self.o_norm.weight, eps=self.config.norm_eps,
-                                backend=self.config.backend)
-        out = self.o_proj(normed.flatten(-2))
+        out = self.o_proj(self.o_norm(o, gate).flatten(-2))
         return out if padding is None else padding.unpack(out)
 
     def _tokens(self, x: Tensor, cuts: Tensor | None, memory: DeltaMemory | None, decoding: bool) -> dict[str, Tensor]:
         """q, k, v [B, T, H, *], log_decay and beta [B, T, H] of every token."""
         config = self.config
-        keys, values = self.q_conv.weight.shape[0], self.v_conv.weight.shape[0]
-        qkv = torch.cat([self.q_proj(x), self.k_proj(x), self.v_proj(x)], -1)
-        qkv = self._convolve(qkv, cuts, memory, decoding)
-        q, k, v = qkv.split([keys, keys, values], -1)
+        q, k, v = (self._convolved(name, x, cuts, memory, decoding) for name in "qkv")
         beta = self.b_proj(x).float().sigmoid()
         log_decay = torch.zeros_like(beta)
         if config.decay:
@@ -152,15 +167,14 @@ class HolaDeltaMixer(nn.Module):
         return {"q": q.unflatten(-1, (-1, config.key_dim)), "k": k.unflatten(-1, (-1, config.key_dim)),
                 "v": v.unflatten(-1, (-1, config.value_dim)), "log_decay": log_decay, "beta": beta}
 
-    def _convolve(self, qkv: Tensor, cuts: Tensor | None, memory: DeltaMemory | None, decoding: bool) -> Tensor:
-        weight = torch.cat([self.q_conv.weight, self.k_conv.weight, self.v_conv.weight])
-        if memory is None:
-            return short_conv(x=qkv, weight=weight, cu_seqlens=cuts, backend=self.config.backend)
-        if decoding and memory.is_initialized:
-            return short_conv_step(x=qkv[:, 0], weight=weight, tail=memory.tail)[:, None]
-        y, tail = short_conv(x=qkv, weight=weight, cu_seqlens=cuts, tail=memory.tail, return_tail=True,
-                             backend=self.config.backend)
-        memory.tail = tail.detach()
+    def _convolved(self, name: str, x: Tensor, cuts: Tensor | None, memory: DeltaMemory | None,
+                   decoding: bool) -> Tensor:
+        """The projection `name` of x after its convolution, whose tail is kept."""
+        project, convolve = getattr(self, f"{name}_proj"), getattr(self, f"{name}_conv")
+        tail = None if memory is None else getattr(memory, f"{name}_tail")
+        y, tail = convolve(project(x), cuts, tail, decoding)
+        if memory is not None:
+            setattr(memory, f"{name}_tail", tail.detach())
         return y
 
     def _mix(self, tokens: dict[str, Tensor], cuts: Tensor | None, memory: DeltaMemory | None) -> Tensor:
@@ -289,7 +303,7 @@ class HolaPreTrainedModel(PreTrainedModel):
                 parameter.copy_(dt + torch.log(-torch.expm1(-dt)))
             elif name in ("gate", "sink"):
                 parameter.fill_(config.cache_gate_init if name == "gate" else 0.0)
-            elif name.startswith("gamma") or isinstance(module, nn.RMSNorm):
+            elif name.startswith("gamma") or isinstance(module, nn.RMSNorm | GatedNorm):
                 parameter.fill_(1.0)
             elif isinstance(module, ShortConvolution):
                 parameter.uniform_(-1.0, 1.0).mul_(config.conv_width**-0.5)

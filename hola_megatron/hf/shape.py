@@ -40,8 +40,9 @@ def model_section(config: HolaConfig) -> dict[str, Any]:
 def differences(section: dict[str, Any], other: dict[str, Any]) -> list[str]:
     """Fields in which two model sections describe different networks, as `model.field: here, there`."""
     here, there = _comparable(section), _comparable(other)
-    return [f"model.{name}: {here.get(name)!r} here, {there.get(name)!r} there"
-            for name in sorted(here | there) if here.get(name) != there.get(name)]
+    # a field that only one of them uses belongs to a kind of layer that only one of them has
+    return [f"model.{name}: {here[name]!r} here, {there[name]!r} there"
+            for name in sorted(here.keys() & there.keys()) if here[name] != there[name]]
 
 
 def _comparable(section: dict[str, Any]) -> dict[str, Any]:

@@ -17,6 +17,8 @@ _kept: dict[int, tuple[weakref.ref, int, dict[Hashable, Any]]] = {}
 
 def remember(tensor: Tensor, key: Hashable, make: Callable[[], Any]) -> Any:
     """make() for this tensor and key, once."""
+    if tensor.is_inference():  # made in inference mode: no version by which a change could be told
+        return make()
     number = id(tensor)
     kept = _kept.get(number)
     if kept is None or kept[0]() is not tensor or kept[1] != tensor._version:

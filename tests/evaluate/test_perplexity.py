@@ -109,8 +109,10 @@ def test_the_program(folder, tmp_path, capsys):
     text = tmp_path / "text.txt.xz"
     text.write_bytes(lzma.compress("\n".join(DOCUMENTS[:2]).encode()))
     numbers = tmp_path / "numbers.json"
-    done = run_tool("evaluate", [str(folder), "--text", str(text), "--prompt", "To be", "--json", str(numbers)], capsys)
+    done = run_tool("evaluate", [str(folder), "--text", str(text), "--prompt", "To be", "--json", str(numbers),
+                                 "--last-word", str(text), "--needle", "300"], capsys)
     assert done.code == 0, done.output
+    assert "last word            1 passages, accuracy" in done.output and "needle      300 tokens  0/20" in done.output
     assert "windows of 64 tokens" in done.output and "greedy sample  " in done.output
     assert json.loads(numbers.read_text())["perplexity_per_token"] > 1
     done = run_tool("evaluate", [str(folder), "--stream", "--window", "5"], capsys)

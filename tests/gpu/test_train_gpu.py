@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 ROOT = Path(__file__).parent.parent.parent
 
@@ -37,7 +38,7 @@ stop()
 
 RECIPE = {
     "name": "gpu",
-    "model": {"layers": 3, "hidden_size": 128, "pattern": "HGA", "heads": 2, "key_dim": 64, "value_dim": 64,
+    "model": {"layers": 4, "hidden_size": 128, "pattern": "HGAH", "heads": 2, "key_dim": 64, "value_dim": 64,
               "attention_heads": 2, "mlp_hidden_size": 256, "vocab_size": 264, "cache": {"block": 256, "slots": 64}},
     "data": {"train": "unused", "tokenizer": "bytes"},
     "train": {"sequence_length": 512, "global_batch_size": 4, "micro_batch_size": 4, "steps": 4,
@@ -45,15 +46,18 @@ RECIPE = {
 }
 
 
-def losses(device: str, *, precision: str = "fp32", **model: str) -> list[list[float]]:
-    recipe = json.loads(json.dumps(RECIPE))
+def losses(device: str, *, precision: str = "fp32", parallel: dict | None = None, **model: str) -> list[list[float]]:
+    recipe = json.loads(json.dumps(RECIPE)) | {"parallel": parallel or {}}
     recipe["train"]["precision"] = precision
     recipe["model"] |= model
     environment = {**os.environ, "NVIDIA_TF32_OVERRIDE": "0", "TORCHDYNAMO_DISABLE": "1"}
     if device == "cpu":
         environment["CUDA_VISIBLE_DEVICES"] = ""
-    done = subprocess.run([sys.executable, "-c", PROGRAM, json.dumps(recipe)], capture_output=True, text=True, cwd=ROOT,
-                          env=environment, check=False, timeout=300)
+    program = [sys.executable, "-c", PROGRAM]
+    if parallel:
+        program = [sys.executable, "-m", "hola_megatron.launch", "--nproc-per-node", "2", "--no-python", *program]
+    done = subprocess.run([*program, json.dumps(recipe)], capture_output=True, text=True, cwd=ROOT, env=environment,
+                          check=False, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(next(line for line in done.stdout.splitlines() if line.startswith("ROWS "))[5:])
 
@@ -80,3 +84,15 @@ def test_bf16_is_near_float32(spec, on_cpu):
     for want, have in zip(on_cpu, losses("cuda", precision="bf16", backend="triton", layer_spec=spec), strict=True):
         assert have[0] == pytest.approx(want[0], rel=5e-3)
         assert have[1] == pytest.approx(want[1], rel=5e-2)
+
+
+@pytest.mark.parametrize("spec", ["local", "te"])
+@pytest.mark.parametrize("parallel", [{"tensor": 2}, {"tensor": 2, "sequence": True}, {"pipeline": 2}], ids=str)
+def test_two_gpus_train_as_one_does(parallel, spec, on_cpu):
+    if torch.cuda.device_count() < 2:
+        pytest.skip("one GPU")
+    if spec == "te":
+        pytest.importorskip("transformer_engine.pytorch", reason="Transformer Engine is not installed")
+    for want, have in zip(on_cpu, losses("cuda", backend="triton", layer_spec=spec, parallel=parallel), strict=True):
+        assert have[0] == pytest.approx(want[0], rel=1e-5)
+        assert have[1] == pytest.approx(want[1], rel=1e-3)

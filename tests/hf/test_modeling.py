@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
+
 import pytest
 import torch
 from tiny import model, tokens
@@ -72,6 +74,15 @@ def test_a_call_of_padding_only_changes_no_memory(lm):
     lm(x[:, 10:14], attention_mask=nothing, past_key_values=cache)
     after = lm(x[:, 10:], past_key_values=cache, attention_mask=torch.ones(2, 20)).logits
     torch.testing.assert_close(after, lm(x, use_cache=False).logits[:, 10:], **CLOSE)
+
+
+@torch.inference_mode()
+def test_inference_mode_takes_padding_and_the_cache(lm):
+    x, mask = tokens(2, 20), torch.ones(2, 20, dtype=torch.int64)
+    mask[0, :5] = 0
+    cache = lm(x[:, :19], attention_mask=mask[:, :19], use_cache=True).past_key_values
+    found = lm(x[:, 19:], attention_mask=mask, past_key_values=cache).logits
+    torch.testing.assert_close(found, lm(x, attention_mask=mask).logits[:, 19:], **CLOSE)
 
 
 @torch.no_grad()
@@ -221,3 +232,20 @@ def test_bfloat16_keeps_decay_gates_and_read_norms_in_float32(tmp_path):
     assert cache.layers[0].state.open_k.dtype == torch.bfloat16 and cache.layers[0].state.state.dtype == torch.float32
     error = (lm(x).logits - whole.float()).norm() / lm(x).logits.norm()
     assert error < 0.1
+
+
+@pytest.mark.skipif(importlib.util.find_spec("accelerate") is None, reason="accelerate is not installed")
+@torch.no_grad()
+def test_a_model_spread_by_device_map_gives_the_same_logits(tmp_path):
+    lm, x = model("HGA").float(), tokens(2, 20)
+    lm.save_pretrained(tmp_path / "model")
+    places = {"model.embed_tokens": "cpu", "lm_head": "cpu", "model.norm": "cpu"}
+    places |= {f"model.layers.{n}": "disk" if n == 1 else "cpu" for n in range(3)}
+    spread = HolaForCausalLM.from_pretrained(tmp_path / "model", device_map=places, offload_folder=tmp_path / "disk")
+    mask = torch.ones_like(x)
+    mask[0, :7] = 0
+    cache = None
+    for start, end in ((0, 15), (15, 16), (16, 20)):
+        output = spread(x[:, start:end], attention_mask=mask[:, :end], past_key_values=cache, use_cache=True)
+        cache = output.past_key_values
+    torch.testing.assert_close(output.logits, lm(x, attention_mask=mask).logits[:, 16:], rtol=0, atol=1e-4)
