@@ -230,7 +230,8 @@ class ShardStore:
             if not usable:
                 raise DataError(
                     f"{where}: shard {number} is not an uncompressed MDS shard of {list(columns[0])} for sequence"
-                    f" length {self.info['sequence_length']} with {HASH}; prepare the dataset again with tools/prepare_data.py"
+                    f" length {self.info['sequence_length']}"
+                    f" with {HASH}; prepare the dataset again with tools/prepare_data.py"
                 )
         return shards
 
