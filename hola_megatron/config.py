@@ -109,8 +109,6 @@ class TrainConfig:
     precision: Literal["fp32", "bf16"] = Field("bf16", description="weights and activations; the optimizer is fp32")
     recompute: Literal["none", "full"] = Field("none", description="activations kept, or recomputed layer by layer")
     seed: int = Field(1234, ge=0, description="of weights and data order")
-    max_bad_steps: int = Field(3, ge=0, description=(
-        "steps with a non-finite loss or gradient that are skipped, in a row, before the run stops with code 4"))
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -125,6 +123,8 @@ class ParallelConfig:
     distributed_optimizer: bool = Field(True, description="cut optimizer state over data-parallel ranks")
     overlap: bool = Field(True, description="reduce gradients and gather parameters while computing")
     timeout_minutes: float = Field(30.0, gt=0, description="a collective that waits longer ends the run")
+    hang_seconds: float | None = Field(900.0, gt=0, description=(
+        "no sign of progress for so long ends all ranks with code 76 and names the one that hangs; null: never"))
 
     @property
     def model_ranks(self) -> int:
@@ -139,6 +139,21 @@ class CheckpointConfig:
     every: int = Field(1000, ge=1, description="steps between checkpoints (the last step always makes one)")
     keep: int = Field(2, ge=1, description="newest checkpoints kept")
     keep_every: int | None = Field(None, ge=1, description="checkpoints at multiples of this step are kept for good")
+    background: bool = Field(True, description=(
+        "write while training goes on, from a copy in host memory; false saves that memory"))
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class GuardConfig:
+    """When a step's numbers are bad, and what is done: skip it, then rewind, then stop with code 4."""
+
+    window: int = Field(128, ge=8, description="good steps the median is taken over")
+    warmup: int = Field(32, ge=8, description="good steps before spikes are judged (non-finite numbers always are)")
+    loss_mads: float | None = Field(12.0, gt=0, description="deviations over the median that are a spike; null: none")
+    grad_mads: float | None = Field(100.0, gt=0, description="the same for the gradient norm")
+    max_skips: int = Field(3, ge=0, description="bad steps in a row that are skipped")
+    max_rewinds: int = Field(2, ge=0, description=(
+        "times one run then goes back to its newest healthy checkpoint, and on past the bad samples"))
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -153,6 +168,8 @@ class LogConfig:
     sample_tokens: int = Field(64, ge=1, description="tokens of a sample text")
     memory_health: bool = Field(True, description="log what the exact memory does at every validation")
     peak_tflops: float | None = Field(None, gt=0, description="peak of the device for MFU, if it is not a known one")
+    straggler_ratio: float = Field(1.25, gt=1, description=(
+        "a rank whose own work takes so many times its peers' median is named"))
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -176,6 +193,7 @@ class Recipe:
     checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig)
     log: LogConfig = Field(default_factory=LogConfig)
     valid: ValidConfig = Field(default_factory=ValidConfig)
+    guard: GuardConfig = Field(default_factory=GuardConfig)
 
     @property
     def folder(self) -> Path:
@@ -245,7 +263,9 @@ def check_recipe(recipe: Recipe, world_size: int | None = None) -> list[str]:
             problems.append("parallel.sequence: true needs parallel.tensor of at least 2; set it to false")
         must_divide("train.sequence_length", train.sequence_length, tp, "parallel.sequence cuts the sequence")
     if parallel.context > 1:
-        problems.append(f"parallel.context: {parallel.context} is not supported by this version; set it to 1")
+        problems += _check_context(recipe)
+    if recipe.guard.warmup > recipe.guard.window:
+        problems.append(f"guard.warmup: {recipe.guard.warmup} is more than guard.window = {recipe.guard.window}")
     if train.warmup_steps > train.steps:
         problems.append(f"train.warmup_steps: {train.warmup_steps} is more than train.steps = {train.steps}")
     if train.min_learning_rate > train.learning_rate:
@@ -254,6 +274,30 @@ def check_recipe(recipe: Recipe, world_size: int | None = None) -> list[str]:
     if world_size is not None:
         problems += _check_world(recipe, world_size)
     return problems
+
+
+def least_part(recipe: Recipe) -> int:
+    """Tokens of a row that every context-parallel rank needs: a cache block or a window spans two ranks at most."""
+    model = recipe.model
+    kinds = set(model.layer_kinds)
+    return max(1, model.conv_width - 1 if kinds & set("HG") else 1, model.cache.block - 1 if "H" in kinds else 1)
+
+
+def _check_context(recipe: Recipe) -> list[str]:
+    train, parallel = recipe.train, recipe.parallel
+    packed = recipe.data.documents == "separate"
+    row = train.sequence_length * (train.micro_batch_size if packed else 1)
+    shown = "sequence_length x micro_batch_size" if packed else "sequence_length"
+    pieces = parallel.context * (parallel.tensor if parallel.sequence else 1)
+    if row % pieces:
+        by = "parallel.context x parallel.tensor" if parallel.sequence else "parallel.context"
+        return [f"parallel.context: rows of {row} tokens ({shown}) are not a multiple of {by} = {pieces}; change "
+                "train.sequence_length or parallel.context"]
+    part, least = row // parallel.context, least_part(recipe)
+    if part < least:
+        return [f"parallel.context: {parallel.context} ranks get {part} tokens each of a row of {row} ({shown}), and "
+                f"need {least} (model.cache.block - 1 or model.conv_width - 1); take fewer ranks or longer rows"]
+    return []
 
 
 def data_ranks(recipe: Recipe, world_size: int) -> int:
@@ -394,7 +438,8 @@ def _nearest(path: str, known: list[str]) -> str | None:
 def _section_class(cls: type, key: str) -> type | None:
     sections = {(Recipe, "model"): ModelConfig, (Recipe, "data"): DataConfig, (Recipe, "train"): TrainConfig,
                 (Recipe, "parallel"): ParallelConfig, (Recipe, "checkpoint"): CheckpointConfig,
-                (Recipe, "log"): LogConfig, (Recipe, "valid"): ValidConfig, (ModelConfig, "cache"): CacheConfig}
+                (Recipe, "log"): LogConfig, (Recipe, "valid"): ValidConfig, (Recipe, "guard"): GuardConfig,
+                (ModelConfig, "cache"): CacheConfig}
     return sections.get((cls, key))
 
 

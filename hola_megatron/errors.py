@@ -7,18 +7,18 @@ user error or calls `sys.exit`.
 
 from __future__ import annotations
 
+import hashlib
 import os
 import sys
-import time
 from collections.abc import Callable
-
-RANK_0_FIRST_SECONDS = 3
+from pathlib import Path
 
 EXIT_OK = 0
 EXIT_RECIPE = 2
 EXIT_DATA = 3
 EXIT_DIVERGED = 4
 EXIT_INTERRUPTED = 75
+EXIT_LOST = 76
 
 
 class UserError(Exception):
@@ -50,9 +50,15 @@ class CheckpointError(UserError):
 
 
 class DivergedError(UserError):
-    """The loss or a gradient is not a finite number and training cannot go on."""
+    """The loss or a gradient is not finite, or leaps, again and again: training cannot go on."""
 
     exit_code = EXIT_DIVERGED
+
+
+class LostError(UserError):
+    """A rank died or hangs: not the recipe's fault, the same command goes on from the newest checkpoint."""
+
+    exit_code = EXIT_LOST
 
 
 class Interrupted(UserError):
@@ -61,17 +67,34 @@ class Interrupted(UserError):
     exit_code = EXIT_INTERRUPTED
 
 
+def _first_to_say(text: str) -> bool:
+    """Whether no other rank of this machine has said this: mostly every rank meets the same error.
+
+    torchrun gives each rank a folder beside those of the other local ranks; whoever creates the
+    message's file there first speaks. No waiting: which rank comes first depends on the load.
+    """
+    error_file = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if error_file is None:
+        return True
+    said = Path(error_file).parents[1] / f"said-{hashlib.sha256(text.encode()).hexdigest()[:16]}"
+    try:
+        said.touch(exist_ok=False)
+    except FileExistsError:
+        return False
+    except OSError:  # the log folder is gone or full: twice is better than not at all
+        return True
+    return True
+
+
 def run_cli(main: Callable[[], int | None]) -> None:
     """Run `main` and exit with its code; a `UserError` becomes its message on stderr, no traceback."""
     try:
         code = main() or EXIT_OK
     except UserError as error:
         sys.stdout.flush()
-        if os.environ.get("RANK", "0") != "0":
-            # mostly every rank meets the same error: rank 0 says it, and the launcher ends us meanwhile
-            time.sleep(RANK_0_FIRST_SECONDS)
-        for line in str(error).splitlines():
-            print(f"{type(error).__name__}: {line}", file=sys.stderr, flush=True)
+        text = "".join(f"{type(error).__name__}: {line}\n" for line in str(error).splitlines())
+        if _first_to_say(text):
+            print(text, end="", file=sys.stderr, flush=True)
         code = error.exit_code
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

@@ -1,24 +1,29 @@
 """The run folder: one run, found again by its name after every interruption.
 
     runs/NAME/  recipe.yaml  metrics.jsonl  loss.png  tensorboard/  checkpoints/step_NNNNNNNN/
+                incidents/ and rewind.json after bad numbers, hang/ after a hang
 """
 
 from __future__ import annotations
 
+import dataclasses
+import json
 from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
 import yaml
 
-from hola_megatron.checkpoint.folder import Checkpoint, list_steps, newest_usable
+from hola_megatron.checkpoint.folder import Checkpoint, list_steps, newest_usable, write_durably
+from hola_megatron.checkpoint.save_load import TrainerState
 from hola_megatron.config import Recipe
 from hola_megatron.errors import CheckpointError, RecipeError, UserError
 from hola_megatron.parallel.groups import Layout
 
+REWIND = "rewind.json"
 # what may differ between the parts of one run without changing what is computed
 FREE = ("run_dir", "parallel.", "checkpoint.", "log.", "valid.", "data.valid", "data.cache", "train.micro_batch_size",
-        "train.recompute", "train.max_bad_steps", "model.backend", "model.layer_spec")
+        "train.recompute", "guard.", "model.backend", "model.layer_spec")
 
 
 def open_run_folder(recipe: Recipe, layout: Layout, data_fingerprint: str, *, new: bool,
@@ -58,6 +63,25 @@ def _open(recipe: Recipe, data_fingerprint: str, new: bool, allow_change: bool) 
         _refuse_changes(recipe, checkpoint, data_fingerprint)
     (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe.to_dict(), sort_keys=False), encoding="utf-8")
     return checkpoint
+
+
+def note_rewind(folder: Path, state: TrainerState) -> None:
+    """Remember that the run went back to `state.step` and on with other samples, until its next checkpoint."""
+    write_durably(folder / REWIND, json.dumps({"step": state.step, "samples": state.samples,
+                                               "rewinds": state.rewinds}).encode())
+
+
+def forget_rewind(folder: Path) -> None:
+    (folder / REWIND).unlink(missing_ok=True)
+
+
+def resume_state(folder: Path, loaded: TrainerState) -> TrainerState:
+    """Where to go on after loading a checkpoint: past the bad samples if a rewind came after it."""
+    try:
+        noted = json.loads((folder / REWIND).read_bytes())
+    except (FileNotFoundError, ValueError):  # none, or its writing was cut short: the run rewinds again if it must
+        return loaded
+    return dataclasses.replace(loaded, **noted) if noted["step"] == loaded.step else loaded
 
 
 def _move_aside(folder: Path) -> None:

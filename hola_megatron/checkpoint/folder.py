@@ -3,7 +3,8 @@
     runs/NAME/checkpoints/step_00000100/
         weights-00000.safetensors   optimizer-00000.safetensors   ... one pair a writing rank
         manifest.json               written last: files with sizes and sha256, where every
-                                    logical tensor's shards are, and the trainer's state
+                                    logical tensor's shards are, the trainer's state, and a
+                                    sha256 of itself
 A checkpoint is written under a temporary name, fsynced and renamed, so a name without
 `.tmp` is whole unless the disk damaged it. There is no "latest" file that could lie: the
 newest folder that verifies wins, and every one passed over is named.
@@ -16,6 +17,7 @@ import json
 import os
 import re
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,7 +25,8 @@ from typing import Any
 from hola_megatron.errors import CheckpointError
 
 MANIFEST = "manifest.json"
-FORMAT = 1
+FORMAT = 2
+HASHING_THREADS = 8
 _NAME = re.compile(r"^step_(\d{8,})$")
 
 
@@ -37,6 +40,11 @@ class Checkpoint:
     @property
     def step(self) -> int:
         return self.manifest["step"]
+
+    @property
+    def healthy(self) -> bool:
+        """False when it was saved amid steps whose numbers were bad."""
+        return self.manifest.get("healthy", True)
 
 
 def folder_name(step: int) -> str:
@@ -62,9 +70,23 @@ def open_checkpoint(path: Path, *, verify: bool = True) -> Checkpoint:
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
         found = manifest.get("format") if isinstance(manifest, dict) else manifest
         raise CheckpointError(f"{path / MANIFEST}: format {found!r}; this version reads {FORMAT}")
-    for name, about in manifest["files"].items():
-        _check_file(path, name, about, verify)
+    if manifest.get("sha256") != _seal(manifest):
+        raise CheckpointError(f"{path / MANIFEST}: damaged (its sha256 is not that of its content); "
+                              "use another checkpoint")
+    for tensors in manifest.get("tensors", {}).values():
+        for entry in tensors.values():
+            if not {shard["file"] for shard in entry["shards"]} <= manifest["files"].keys():
+                raise CheckpointError(f"{path / MANIFEST}: names a shard file it does not list; "
+                                      "the manifest was altered, use another checkpoint")
+    with ThreadPoolExecutor(HASHING_THREADS) as pool:  # hashing releases the interpreter lock
+        list(pool.map(lambda item: _check_file(path, *item, verify), manifest["files"].items()))
     return Checkpoint(path, manifest)
+
+
+def _seal(manifest: dict[str, Any]) -> str:
+    """sha256 of a manifest's content but for the seal itself."""
+    content = {key: value for key, value in manifest.items() if key != "sha256"}
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def _check_file(path: Path, name: str, about: dict[str, Any], verify: bool) -> None:
@@ -81,14 +103,18 @@ def _check_file(path: Path, name: str, about: dict[str, Any], verify: bool) -> N
                               "use another checkpoint")
 
 
-def newest_usable(root: Path) -> tuple[Checkpoint | None, list[str]]:
-    """The newest checkpoint that verifies, and what was wrong with each newer one."""
+def newest_usable(root: Path, *, healthy: bool = False) -> tuple[Checkpoint | None, list[str]]:
+    """The newest checkpoint that verifies (and, if asked, is healthy), and what was wrong with each newer one."""
     passed_over = []
     for _, path in list_steps(root):
         try:
-            return open_checkpoint(path), passed_over
+            found = open_checkpoint(path)
         except CheckpointError as error:
             passed_over.append(str(error))
+            continue
+        if found.healthy or not healthy:
+            return found, passed_over
+        passed_over.append(f"{path}: saved amid bad steps")
     return None, passed_over
 
 
@@ -123,13 +149,18 @@ def start_writing(root: Path, step: int) -> Path:
 
 def finish_writing(temporary: Path, manifest: dict[str, Any]) -> Path:
     """Write the manifest last, make everything durable, and give the folder its name."""
-    write_durably(temporary / MANIFEST, json.dumps(manifest, indent=1, sort_keys=True).encode())
+    sealed = json.loads(json.dumps(manifest))  # as it will be read
+    sealed["sha256"] = _seal(sealed)
+    write_durably(temporary / MANIFEST, json.dumps(sealed, indent=1, sort_keys=True).encode())
     sync_folder(temporary)
     final = temporary.with_name(temporary.name.removesuffix(".tmp"))
-    if final.exists():  # a damaged one of the same step that was passed over
-        shutil.rmtree(final)
+    before = temporary.with_name(f"{final.name}.before.tmp")
+    if final.exists():  # of the same step: damaged and passed over, or undone by a rewind
+        os.rename(final, before)
     os.rename(temporary, final)
     sync_folder(final.parent)
+    if before.exists():
+        shutil.rmtree(before)
     return final
 
 
@@ -154,16 +185,28 @@ def sync_folder(path: Path) -> None:
 
 
 def retire(root: Path, keep: int, keep_every: int | None) -> list[Path]:
-    """Remove all but the newest `keep` checkpoints and the multiples of `keep_every`; returns what went.
+    """Remove all but the newest `keep` healthy checkpoints and the multiples of `keep_every`; returns what went.
 
-    Only whole checkpoints count as kept, so the last healthy one never goes.
+    Only whole and healthy checkpoints count as kept, so the last healthy one never goes. Newer unhealthy
+    ones stay until enough healthy ones are newer than they.
     """
-    whole = [(step, path) for step, path in list_steps(root) if (path / MANIFEST).is_file()]
-    gone = []
-    for step, path in whole[keep:]:
-        if keep_every is None or step % keep_every:
+    gone, healthy = [], 0
+    for step, path in list_steps(root):
+        is_healthy = _says_healthy(path)
+        if is_healthy is None:
+            continue
+        if healthy >= keep and (keep_every is None or step % keep_every):
             # the manifest first: a half-removed folder must not look whole
             (path / MANIFEST).unlink()
             shutil.rmtree(path)
             gone.append(path)
+        healthy += is_healthy
     return gone
+
+
+def _says_healthy(path: Path) -> bool | None:
+    """What a manifest says of itself; None where there is none to read."""
+    try:
+        return bool(json.loads((path / MANIFEST).read_text(encoding="utf-8")).get("healthy", True))
+    except (OSError, ValueError, AttributeError):
+        return None

@@ -4,30 +4,26 @@ What is stored are the optimizer's float32 weights and both Adam moments. The mo
 weights (bf16 or float32) are derived from them exactly as the optimizer derives them after
 every update, so there is one truth, and a resumed run continues bit for bit. No random
 state is kept because a run has none: weights are drawn by name, samples by number.
+
+`Saver.begin` copies what this rank owns to host memory (collectives, on the training thread)
+and leaves the writing to `writer.BackgroundWriter`.
 """
 
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from safetensors.torch import save_file
 from torch import Tensor
 
-from hola_megatron.checkpoint.folder import (
-    FORMAT,
-    Checkpoint,
-    file_digest,
-    finish_writing,
-    retire,
-    start_writing,
-    sync_file,
-)
+from hola_megatron.checkpoint.folder import FORMAT, Checkpoint, start_writing
 from hola_megatron.checkpoint.tensors import TensorReader, shard_entry
+from hola_megatron.checkpoint.writer import BackgroundWriter, Held, refusal
 from hola_megatron.engine.megatron import MegatronEngine
 from hola_megatron.errors import CheckpointError
 from hola_megatron.model.parameters import Piece
@@ -42,25 +38,68 @@ class TrainerState:
     step: int
     samples: int
     bad_steps: int = 0
+    rewinds: int = 0
+    guard: dict[str, list[float]] = field(default_factory=dict)
 
 
-def save(engine: MegatronEngine, state: TrainerState, root: Path, extra: dict[str, Any]) -> Path:
-    """Write one checkpoint, atomically; every rank calls it. `extra` (plain values) goes into the manifest."""
-    box = [None]
-    if engine.layout.is_main:
-        box[0] = _attempt(lambda: str(start_writing(root, state.step)))
-    dist.broadcast_object_list(box, src=0)
-    temporary = Path(_unwrap(box[0], root))
-    report = _attempt(lambda: _write_rank(engine, temporary))
-    reports: list[Any] = [None] * engine.layout.world
-    dist.all_gather_object(reports, report)
-    for rank_report in reports:
-        _unwrap(rank_report, root)
-    if engine.layout.is_main:
-        box[0] = _attempt(lambda: str(finish_writing(temporary, _manifest(engine, state, reports, extra))))
-        retire(root, engine.recipe.checkpoint.keep, engine.recipe.checkpoint.keep_every)
-    dist.broadcast_object_list(box, src=0)
-    return Path(_unwrap(box[0], root))
+class Saver:
+    """Begins checkpoints of an engine, one at a time; host buffers are kept for the next one."""
+
+    def __init__(self, engine: MegatronEngine):
+        self.engine = engine
+        self.writer = BackgroundWriter(engine.layout.rank, engine.layout.world)
+        self._buffers: dict[tuple[str, str], Tensor] = {}
+
+    def begin(self, state: TrainerState, root: Path, extra: dict[str, Any],
+              afterwards: Callable[[], None] = lambda: None) -> None:
+        """Copy this rank's share and start writing it under `root`; every rank calls it.
+
+        `extra` (plain values) goes into the manifest; rank 0 calls `afterwards` when the checkpoint is whole.
+        Raises CheckpointError, on every rank, when the folder cannot be made.
+        """
+        box: list[Any] = [None]
+        if self.engine.layout.is_main:
+            try:
+                box[0] = str(start_writing(root, state.step))
+            except OSError as error:
+                box[0] = error
+        dist.broadcast_object_list(box, src=0)
+        if isinstance(box[0], OSError):
+            raise refusal(root, box[0])
+        held = self._copy()
+        self.writer.start(held, Path(box[0]), {**_manifest(self.engine, state), **extra}, afterwards)
+
+    @torch.no_grad()
+    def _copy(self) -> Held:
+        """What this rank owns, in host memory."""
+        engine = self.engine
+        rank = engine.layout.rank
+        names = {"weight": f"weights-{rank:05d}.safetensors", "optimizer": f"optimizer-{rank:05d}.safetensors"}
+        files: dict[str, dict[str, Tensor]] = {name: {} for name in names.values()}
+        index: dict[str, Any] = {kind: {} for kind in KINDS}
+        for number, (parameter, its_pieces) in enumerate(_by_parameter(engine.parameter_pieces())):
+            # the writer of a parameter rotates over data ranks, so all of them write their share
+            gathered = engine.state.gather(parameter, number % engine.layout.data)
+            for piece in its_pieces if gathered else ():
+                if piece.replica:
+                    continue
+                for kind in KINDS:
+                    file = names["weight" if kind == "weight" else "optimizer"]
+                    key = piece.name if kind == "weight" else f"{kind}.{piece.name}"
+                    files[file][key] = self._to_host(file, key, piece.of(gathered[kind]))
+                    length = piece.local_shape[piece.axis]
+                    shard = shard_entry(file, key, piece.axis, piece.offset, length)
+                    index[kind][piece.name] = {"shape": list(piece.shape), "shards": [shard]}
+        if engine.layout.device.type == "cuda":
+            torch.cuda.current_stream().synchronize()
+        return Held(files, index)
+
+    def _to_host(self, file: str, key: str, value: Tensor) -> Tensor:
+        buffer = self._buffers.get((file, key))
+        if buffer is None:
+            pinned = value.device.type == "cuda"
+            buffer = self._buffers[file, key] = torch.empty(value.shape, dtype=value.dtype, pin_memory=pinned)
+        return buffer.copy_(value, non_blocking=True)
 
 
 def load(engine: MegatronEngine, checkpoint: Checkpoint) -> TrainerState:
@@ -105,49 +144,14 @@ def state_hash(engine: MegatronEngine) -> str:
     return digest.hexdigest()
 
 
-def _write_rank(engine: MegatronEngine, folder: Path) -> dict[str, Any]:
-    """Write the slices this rank owns; returns its files and index entries."""
-    rank = engine.layout.rank
-    files = {"weight": f"weights-{rank:05d}.safetensors", "optimizer": f"optimizer-{rank:05d}.safetensors"}
-    stored: dict[str, dict[str, Tensor]] = {name: {} for name in files.values()}
-    index: dict[str, Any] = {kind: {} for kind in KINDS}
-    for number, (parameter, its_pieces) in enumerate(_by_parameter(engine.parameter_pieces())):
-        # the writer of a parameter rotates over data ranks, so all of them write their share
-        gathered = engine.state.gather(parameter, number % engine.layout.data)
-        for piece in its_pieces if gathered else ():
-            if piece.replica:
-                continue
-            for kind in KINDS:
-                file = files["weight" if kind == "weight" else "optimizer"]
-                key = piece.name if kind == "weight" else f"{kind}.{piece.name}"
-                stored[file][key] = piece.of(gathered[kind]).contiguous().cpu().clone()
-                length = piece.local_shape[piece.axis]
-                index[kind][piece.name] = {
-                    "shape": list(piece.shape), "shards": [shard_entry(file, key, piece.axis, piece.offset, length)]}
-    about = {}
-    for name, tensors in stored.items():
-        if tensors:
-            save_file(tensors, folder / name)
-            sync_file(folder / name)
-            about[name] = {"bytes": (folder / name).stat().st_size, "sha256": file_digest(folder / name)}
-    return {"files": about, "index": index}
-
-
-def _manifest(engine: MegatronEngine, state: TrainerState, reports: list[dict[str, Any]],
-              extra: dict[str, Any]) -> dict[str, Any]:
-    files: dict[str, Any] = {}
-    tensors: dict[str, Any] = {kind: {} for kind in KINDS}
-    for report in reports:
-        files |= report["files"]
-        for kind in KINDS:
-            for name, entry in report["index"][kind].items():
-                known = tensors[kind].setdefault(name, {"shape": entry["shape"], "shards": []})
-                known["shards"] += entry["shards"]
+def _manifest(engine: MegatronEngine, state: TrainerState) -> dict[str, Any]:
+    """What the manifest says besides files and tensors."""
     layout = engine.layout
     return {
-        "format": FORMAT, "step": state.step, "optimizer_step": engine.state.step, "trainer": vars(state),
+        "format": FORMAT, "step": state.step, "optimizer_step": engine.state.step, "trainer": dict(vars(state)),
+        "healthy": state.bad_steps == 0,
         "layout": {"tensor": layout.tensor, "pipeline": layout.pipeline, "data": layout.data},
-        "recipe": engine.recipe.to_dict(), "files": files, "tensors": tensors, **extra}
+        "recipe": engine.recipe.to_dict()}
 
 
 def _check_shapes(wanted: list[Piece], stored: TensorReader) -> None:
@@ -165,18 +169,3 @@ def _by_parameter(all_pieces: list[Piece]) -> list[tuple[torch.nn.Parameter, lis
     for piece in all_pieces:
         grouped.setdefault(id(piece.parameter), (piece.parameter, []))[1].append(piece)
     return list(grouped.values())
-
-
-def _attempt(action: Any) -> Any:
-    """The result, or the OSError as a value: all ranks must learn of it before any of them leaves."""
-    try:
-        return action()
-    except OSError as error:
-        return error
-
-
-def _unwrap(result: Any, root: Path) -> Any:
-    if isinstance(result, OSError):
-        raise CheckpointError(f"{root}: the checkpoint could not be written ({result}); earlier ones are untouched, "
-                              "free the disk or mend the folder and start the run again")
-    return result

@@ -10,7 +10,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -24,7 +25,7 @@ from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
-from hola_megatron.config import Recipe
+from hola_megatron.config import Recipe, least_part
 from hola_megatron.data.stream import Batch
 from hola_megatron.engine.adam import use_group_step_adam
 from hola_megatron.engine.optimizer_state import OptimizerState
@@ -41,7 +42,21 @@ class StepResult:
     loss: float
     grad_norm: float
     tokens: int
-    updated: bool
+    problem: str | None = None
+
+    @property
+    def updated(self) -> bool:
+        return self.problem is None
+
+
+Judge = Callable[[float, float], str | None]
+
+
+def not_finite(loss: float, grad_norm: float) -> str | None:
+    """The judge that only refuses numbers that are none."""
+    if math.isfinite(loss) and math.isfinite(grad_norm):
+        return None
+    return f"loss {loss} or grad_norm {grad_norm} is not finite"
 
 
 class MegatronEngine:
@@ -55,7 +70,8 @@ class MegatronEngine:
         self.model = [self._data_parallel(chunk) for chunk in chunks]
         self.optimizer = get_megatron_optimizer(self._optimizer_config(), self.model)
         self.state = OptimizerState(self.optimizer, parallel_state.get_data_parallel_group(with_context_parallel=True))
-        self.config.finalize_model_grads_func = finalize_model_grads
+        self.config.finalize_model_grads_func = self._finalize
+        self._work = StepTimer(layout.device)
         self.config.grad_scale_func = self.optimizer.scale_loss
         if self._overlap:
             hooks = [chunk.no_sync for chunk in self.model]
@@ -63,7 +79,7 @@ class MegatronEngine:
 
     @property
     def _overlap(self) -> bool:
-        return self.recipe.parallel.overlap and self.layout.data > 1
+        return self.recipe.parallel.overlap and self.layout.data * self.layout.context > 1
 
     def _data_parallel(self, chunk: torch.nn.Module) -> DistributedDataParallel:
         sharded = self.recipe.parallel.distributed_optimizer
@@ -80,12 +96,13 @@ class MegatronEngine:
             use_distributed_optimizer=self.recipe.parallel.distributed_optimizer,
             overlap_param_gather=self._overlap and self.recipe.parallel.distributed_optimizer)
 
-    def train_step(self, batches: list[Batch], learning_rate: float) -> StepResult:
+    def train_step(self, batches: list[Batch], learning_rate: float, judge: Judge = not_finite) -> StepResult:
         """One optimizer step over this rank's micro-batches.
 
-        A non-finite loss or gradient norm on any rank leaves weights and optimizer untouched
-        on all of them (`updated` is false).
+        `judge(loss, grad_norm)` says what is wrong, or None. If any rank's judge finds something, weights and
+        optimizer stay untouched on all of them and the result carries the `problem`.
         """
+        self._work.start()
         for chunk in self.model:
             chunk.train()
             chunk.zero_grad_buffer()
@@ -94,10 +111,21 @@ class MegatronEngine:
         self.optimizer.prepare_grads()
         grad_norm = float(self.optimizer.get_grad_norm())
         loss = total / max(tokens, 1.0)
-        updated = self._all_agree(math.isfinite(loss) and math.isfinite(grad_norm))
-        if updated:
+        problem = judge(loss, grad_norm)
+        if self._all_agree(problem is None):
             self._update(grad_norm, learning_rate)
-        return StepResult(loss, grad_norm, int(tokens), updated)
+        elif problem is None:
+            problem = "another rank found bad numbers"
+        return StepResult(loss, grad_norm, int(tokens), problem)
+
+    @property
+    def work_seconds(self) -> float:
+        """Of the last step: from its start until this rank was ready to reduce gradients over ranks."""
+        return self._work.seconds()
+
+    def _finalize(self, *args: Any, **kwargs: Any) -> None:
+        self._work.stop()
+        finalize_model_grads(*args, **kwargs)
 
     def _update(self, grad_norm: float, learning_rate: float) -> None:
         limit = self.recipe.train.clip_grad_norm
@@ -121,16 +149,20 @@ class MegatronEngine:
         """tokens [T] int64 -> float32 logits [vocab] after the last one, on every rank."""
         for chunk in self.model:
             chunk.eval()
-        ranks = self.recipe.parallel.tensor
-        padded = torch.nn.functional.pad(tokens, (0, -len(tokens) % ranks))[None].to(self.layout.device)
+        layout = self.layout
+        # what stands behind the last token changes nothing before it; a context-parallel part has a least length
+        wanted = max(len(tokens), layout.context * least_part(self.recipe) if layout.context > 1 else 0)
+        length = -(-wanted // (layout.tensor * layout.context)) * layout.tensor
+        row = torch.nn.functional.pad(tokens, (0, length * layout.context - len(tokens)))[None].to(layout.device)
+        part, (holder, last) = row.chunk(layout.context, 1)[layout.context_rank], divmod(len(tokens) - 1, length)
 
         def forward(_: Any, model: torch.nn.Module) -> tuple[Tensor, Any]:
-            return model(padded, None, None), lambda output, non_loss_data=False: output[0, len(tokens) - 1].float()
+            return model(part, None, None), lambda output, non_loss_data=False: output[0, last].float()
 
         found = get_forward_backward_func()(
             forward_step_func=forward, data_iterator=[None] * len(self.model), model=self.model, num_microbatches=1,
-            seq_length=padded.shape[1], micro_batch_size=1, forward_only=True, collect_non_loss_data=True)
-        return self._whole_vocabulary(found[0] if found else None)
+            seq_length=row.shape[1], micro_batch_size=1, forward_only=True, collect_non_loss_data=True)
+        return self._whole_vocabulary(found[0] if found else None, holder)
 
     def parameter_pieces(self) -> list[Piece]:
         return pieces(self.model, self.layout.tensor_rank, self.layout.tensor)
@@ -152,10 +184,12 @@ class MegatronEngine:
     def _forward(self, batches: Iterator[Batch], model: torch.nn.Module) -> tuple[Tensor, Any]:
         batch, device = next(batches), self.layout.device
         tokens, labels, mask = (x.to(device, non_blocking=True) for x in (batch.tokens, batch.labels, batch.loss_mask))
-        documents = None
+        documents, rank, ranks = None, self.layout.context_rank, self.layout.context
         if batch.cu_seqlens is not None:
-            documents = Documents.from_cuts(batch.cu_seqlens, device)
+            documents = Documents.from_cuts(batch.cu_seqlens, device, rank, ranks)
             tokens, labels, mask = (x.reshape(1, -1) for x in (tokens, labels, mask))
+        # the peers of a context-parallel group read the same samples, and each keeps one part of every row
+        tokens, labels, mask = (x.chunk(ranks, 1)[rank] for x in (tokens, labels, mask))
         output = model(tokens, None, None, labels=labels, packed_seq_params=documents)
         return output, partial(_masked_sum, mask)
 
@@ -176,10 +210,14 @@ class MegatronEngine:
         dist.all_reduce(flag, op=dist.ReduceOp.MAX)
         return not flag.item()
 
-    def _whole_vocabulary(self, local: Tensor | None) -> Tensor:
+    def _whole_vocabulary(self, local: Tensor | None, holder: int) -> Tensor:
+        """The logits that the context-parallel rank `holder` has, put together and known to all ranks."""
         size = self.recipe.model.vocab_size
         if local is None:
             local = torch.zeros(size // self.layout.tensor, device=self.layout.device)
+        if self.layout.context > 1:
+            local, group = local.contiguous(), parallel_state.get_context_parallel_group()
+            dist.broadcast(local, dist.get_global_rank(group, holder), group=group)
         if self.layout.tensor > 1:
             parts = [torch.empty_like(local) for _ in range(self.layout.tensor)]
             dist.all_gather(parts, local.contiguous(), group=parallel_state.get_tensor_model_parallel_group())
@@ -188,6 +226,31 @@ class MegatronEngine:
             last = parallel_state.get_pipeline_model_parallel_last_rank()
             dist.broadcast(local, last, group=parallel_state.get_pipeline_model_parallel_group())
         return local
+
+
+class StepTimer:
+    """Seconds between two points of the work: of the GPU's stream, or of the clock without one."""
+
+    def __init__(self, device: torch.device):
+        self._cuda = device.type == "cuda"
+        self._marks: list[Any] = [torch.cuda.Event(enable_timing=True) for _ in range(2)] if self._cuda else [0.0, 0.0]
+
+    def start(self) -> None:
+        self._mark(0)
+
+    def stop(self) -> None:
+        self._mark(1)
+
+    def seconds(self) -> float:
+        """Call after the step's results have been read (the stream has passed both points then)."""
+        begin, end = self._marks
+        return begin.elapsed_time(end) / 1e3 if self._cuda else end - begin
+
+    def _mark(self, which: int) -> None:
+        if self._cuda:
+            self._marks[which].record()
+        else:
+            self._marks[which] = time.perf_counter()
 
 
 def _masked_sum(mask: Tensor, losses: Tensor, non_loss_data: bool = False) -> tuple[Tensor, Tensor, dict[str, Tensor]]:

@@ -107,6 +107,15 @@ def _public_name(name: str, chunk: nn.Module) -> str:
     return f"model.layers.{layer}.{short}"
 
 
+def place_name(module_name: str, chunk: nn.Module) -> str:
+    """A module of a model chunk in the words of a report: the layer's number in the whole model, and the part."""
+    if not module_name.startswith("decoder.layers."):
+        return module_name
+    _, _, local, *rest = module_name.split(".", 3)
+    layer = chunk.decoder.layers[int(local)].layer_number - 1
+    return ".".join([f"layer {layer}", *rest]).replace("self_attention", "mixer")
+
+
 def _pieces_of(name: str, parameter: nn.Parameter, copied: bool, tensor_rank: int, tensor: int) -> Iterator[Piece]:
     split = getattr(parameter, "tensor_model_parallel", False) and tensor > 1
     axis = parameter.partition_dim if split else 0

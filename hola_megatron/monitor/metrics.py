@@ -19,11 +19,22 @@ class Metrics:
     """Writes rows {"step": ..., "kind": "train" | "valid" | "memory" | ..., name: number}; one rank has one."""
 
     def __init__(self, recipe: Recipe, folder: Path, from_step: int):
-        self.path = folder / "metrics.jsonl"
+        self.path, self._folder = folder / "metrics.jsonl", folder
+        self._tensorboard = recipe.log.tensorboard
+        self._open(from_step)
+        self._wandb = _open_wandb(recipe, folder) if recipe.log.wandb_project else None
+
+    def _open(self, from_step: int) -> None:
         drop_rows_after(self.path, from_step)
         self._file = self.path.open("a", encoding="utf-8")
-        self._board = _open_tensorboard(folder, from_step) if recipe.log.tensorboard else None
-        self._wandb = _open_wandb(recipe, folder) if recipe.log.wandb_project else None
+        self._board = _open_tensorboard(self._folder, from_step) if self._tensorboard else None
+
+    def rewind(self, step: int) -> None:
+        """The run goes back to `step`: what came after it did not happen."""
+        self._file.close()
+        if self._board:
+            self._board.close()
+        self._open(step)
 
     def write(self, row: dict[str, Any]) -> None:
         """One row; it is on disk when this returns."""
@@ -75,7 +86,7 @@ def drop_rows_after(path: Path, step: int) -> None:
 def _open_tensorboard(folder: Path, from_step: int) -> Any:
     from torch.utils.tensorboard import SummaryWriter
 
-    return SummaryWriter(str(folder / "tensorboard"), purge_step=from_step + 1 if from_step else None)
+    return SummaryWriter(str(folder / "tensorboard"), purge_step=from_step + 1)
 
 
 def _open_wandb(recipe: Recipe, folder: Path) -> Any:

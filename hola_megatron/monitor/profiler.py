@@ -92,7 +92,7 @@ def _batches(recipe: Recipe, layout: Layout, real_data: bool) -> list[Batch]:
     count, size, length = recipe_micro_batches(recipe, layout.world), recipe.train.micro_batch_size, \
         recipe.train.sequence_length
     if real_data:
-        from hola_megatron.train import open_data
+        from hola_megatron.trainer import open_data
 
         loader = BatchLoader(open_data(recipe).mixture, data_rank=layout.data_rank, data_size=layout.data,
                              micro_batch_size=size, micro_batches=count, documents=recipe.data.documents)

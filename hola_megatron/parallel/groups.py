@@ -28,6 +28,8 @@ class Layout:
     data_rank: int
     data: int
     device: torch.device
+    context_rank: int = 0
+    context: int = 1
 
     @property
     def is_main(self) -> bool:
@@ -35,7 +37,8 @@ class Layout:
         return self.rank == 0
 
     def describe(self) -> str:
-        return f"{self.world} ranks = tensor {self.tensor} x pipeline {self.pipeline} x data {self.data}"
+        context = f" x context {self.context}" if self.context > 1 else ""
+        return f"{self.world} ranks = tensor {self.tensor}{context} x pipeline {self.pipeline} x data {self.data}"
 
 
 def start(recipe: Recipe) -> Layout:
@@ -70,7 +73,14 @@ def start(recipe: Recipe) -> Layout:
         tensor_rank=parallel_state.get_tensor_model_parallel_rank(), tensor=recipe.parallel.tensor,
         pipeline_rank=parallel_state.get_pipeline_model_parallel_rank(), pipeline=recipe.parallel.pipeline,
         data_rank=parallel_state.get_data_parallel_rank(), data=parallel_state.get_data_parallel_world_size(),
-        device=device)
+        device=device, context_rank=parallel_state.get_context_parallel_rank(), context=recipe.parallel.context)
+
+
+def agree(layout: Layout, *numbers: int) -> list[int]:
+    """The largest of each number over all ranks, on all ranks. One small collective."""
+    together = torch.tensor([int(number) for number in numbers], device=layout.device)
+    dist.all_reduce(together, op=dist.ReduceOp.MAX)
+    return together.tolist()
 
 
 def stop() -> None:

@@ -79,10 +79,11 @@ def test_retention_keeps_newest_and_milestones(tmp_path):
 def test_a_manifest_cannot_lead_out_of_its_folder(tmp_path):
     path = make(tmp_path, 1)
     manifest = json.loads((path / "manifest.json").read_text())
-    manifest["files"]["../elsewhere"] = {"bytes": 1, "sha256": ""}
-    (path / "manifest.json").write_text(json.dumps(manifest))
-    with pytest.raises(CheckpointError, match="outside its folder"):
-        open_checkpoint(path)
+    outside = {**manifest, "files": {"../elsewhere": {"bytes": 1, "sha256": ""}}}
+    unlisted = {**manifest, "tensors": {"weight": {"x": {"shape": [8], "shards": [shard_entry("/x", "x", 0, 0, 8)]}}}}
+    for altered, said in ((outside, "outside its folder"), (unlisted, "shard file it does not list")):
+        with pytest.raises(CheckpointError, match=said):  # sealed again: altered by someone who knows how
+            open_checkpoint(finish_writing(start_writing(tmp_path, 2), altered))
 
 
 def test_no_checkpoint_is_a_named_error(tmp_path):

@@ -20,7 +20,7 @@ from hola_megatron.hf.convert import ExportOptions, from_hf, to_hf
 from hola_megatron.hf.shape import config_of, differences, model_section
 from hola_megatron.hf.verify import verify
 from hola_megatron.parallel.groups import stop
-from hola_megatron.train import train
+from hola_megatron.trainer import train
 
 FAMILIES = {
     "hola": {"pattern": "H"}, "gdn": {"pattern": "G"}, "transformer": {"pattern": "A", "rope_theta": 500.0},

@@ -1,0 +1,54 @@
+"""A rank that hangs, stops or dies: all ranks end, the rank and the last step are named, code 76."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import pytest
+from helpers import run_program, write_recipe
+
+pytestmark = pytest.mark.distributed
+
+HANG_SECONDS = 5
+# two looks at what all ranks say take a few seconds, a rank that cannot end itself gets 30 from the launcher
+STATED_SECONDS = HANG_SECONDS + 45
+
+
+def run_with(fault: str, folder: Path, data: Path) -> tuple[int, str, float]:
+    """(exit code, output, seconds from the fault to the end)"""
+    recipe = write_recipe(folder / "recipe.yaml", data / "train", run_dir=str(folder / "run"), train__steps=50,
+                          parallel__hang_seconds=HANG_SECONDS, checkpoint__every=2)
+    done = run_program(["tests/train/faults.py", fault, str(recipe)], folder / "log.txt", ranks=2)
+    assert "Traceback" not in done.output, done.output[-3000:]
+    return done.code, done.output, time.time() - (folder / "run/metrics.jsonl").stat().st_mtime
+
+
+@pytest.mark.parametrize(("fault", "said"), [
+    ("hang@4@1", "hangs in hang (faults.py:"), ("stopped@4@1", "rank 1 no longer answers"),
+    ("die@4@1", "rank 1 has died")], ids=["hang", "stopped", "killed"])
+def test_a_lost_rank_is_named_and_ends_the_run(fault, said, text_data, tmp_path):
+    code, output, seconds = run_with(fault, tmp_path, text_data)
+    assert code == 76, output[-3000:]
+    assert output.count("LostError") == 1 and said in output and "rank 1" in output and "after step 3" in output
+    assert "start the same command again" in output
+    assert seconds < STATED_SECONDS
+    assert (tmp_path / "run/checkpoints/step_00000002/manifest.json").exists()
+    if not fault.startswith("die"):
+        assert "all_reduce" in (tmp_path / "run/hang/rank-00000.txt").read_text()
+
+
+def test_a_slow_rank_is_named(text_data, tmp_path):
+    recipe = write_recipe(tmp_path / "recipe.yaml", text_data / "train", run_dir=str(tmp_path / "run"), train__steps=7,
+                          log__every=7, log__straggler_ratio=2.0)
+    done = run_program(["tests/train/faults.py", "slow@1+@1", str(recipe)], tmp_path / "log.txt", ranks=2)
+    assert done.code == 0 and "slow | rank 1 on " in done.output and "slow | rank 0" not in done.output
+
+
+def test_bad_numbers_on_one_rank_are_refused_by_all(text_data, tmp_path):
+    recipe = write_recipe(tmp_path / "recipe.yaml", text_data / "train", run_dir=str(tmp_path / "run"), train__steps=4,
+                          parallel__distributed_optimizer=True)
+    done = run_program(["tests/train/faults.py", "nan_gradient@3@1", str(recipe)], tmp_path / "log.txt", ranks=2)
+    assert done.code == 0, done.output[-3000:]
+    assert done.output.count("skipped | step 3 | grad_norm nan is not finite | samples 16 to 23") == 1
+    assert "gradient of model.layers.1.mlp.gate_proj.weight" in done.output
