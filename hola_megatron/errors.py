@@ -49,6 +49,12 @@ class CheckpointError(UserError):
     exit_code = EXIT_RECIPE
 
 
+class RunFolderError(UserError):
+    """The run folder refuses what training writes to it besides checkpoints."""
+
+    exit_code = EXIT_RECIPE
+
+
 class DivergedError(UserError):
     """The loss or a gradient is not finite, or leaps, again and again: training cannot go on."""
 

@@ -17,7 +17,7 @@ import yaml
 from hola_megatron.checkpoint.folder import Checkpoint, list_steps, newest_usable, write_durably
 from hola_megatron.checkpoint.save_load import TrainerState
 from hola_megatron.config import Recipe
-from hola_megatron.errors import CheckpointError, RecipeError, UserError
+from hola_megatron.errors import CheckpointError, RecipeError, RunFolderError, UserError
 from hola_megatron.parallel.groups import Layout
 
 REWIND = "rewind.json"
@@ -50,9 +50,11 @@ def _open(recipe: Recipe, data_fingerprint: str, new: bool, allow_change: bool) 
         _move_aside(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        write_durably(folder / ".writable", b"a full disk shows only when something is written")
+        (folder / ".writable").unlink()
     except OSError as error:
-        raise CheckpointError(f"{folder}: the run folder cannot be made ({error}); set run_dir to a writable place"
-                              ) from None
+        raise RunFolderError(f"{folder}: the run folder cannot be written ({error}); set run_dir to a writable place"
+                             ) from None
     checkpoint, passed_over = newest_usable(folder / "checkpoints")
     for problem in passed_over:
         print(f"passed over | {problem}", flush=True)
@@ -61,7 +63,11 @@ def _open(recipe: Recipe, data_fingerprint: str, new: bool, allow_change: bool) 
                               "with --new (the old folder is kept under another name)")
     if checkpoint is not None and not allow_change:
         _refuse_changes(recipe, checkpoint, data_fingerprint)
-    (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe.to_dict(), sort_keys=False), encoding="utf-8")
+    try:
+        write_durably(folder / "recipe.yaml", yaml.safe_dump(recipe.to_dict(), sort_keys=False).encode())
+    except OSError as error:
+        raise RunFolderError(f"{folder / 'recipe.yaml'}: cannot be written ({error}); free the disk or mend the folder"
+                             ) from None
     return checkpoint
 
 

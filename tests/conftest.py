@@ -17,11 +17,9 @@ sys.path.insert(0, str(Path(__file__).parent))
 @pytest.fixture(scope="session")
 def text_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The bundled text as bytes, in samples of 64 tokens: {train,valid} folders."""
-    from helpers import run_program
+    from hola_megatron.data.prepare import PrepareOptions, prepare
 
     root = tmp_path_factory.mktemp("text")
     for part in ("train", "valid"):
-        options = ["--tokenizer", "bytes", "--sequence-length", "64", "--workers", "1", "--out", str(root / part)]
-        done = run_program(["tools/prepare_data.py", "--bundled", part, *options], root / "log.txt")
-        assert done.code == 0, done.output
+        prepare(PrepareOptions([], str(root / part), "bytes", 64, bundled=part, workers=1))
     return root

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import multiprocessing
 import os
 import signal
+import socket
 import subprocess
 import sys
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -55,6 +58,48 @@ def run_program(arguments: list[str], log: Path, *, ranks: int = 0, timeout: flo
     return Finished(code, log.read_text(errors="replace"))
 
 
+def run_ranks(arguments: list[str], log: Path, *, ranks: int, timeout: float = 300) -> Finished:
+    """`python -m hola_megatron.train arguments...` on so many ranks, each in a process of its own.
+
+    What torchrun would do, but the ranks are forked from a server that has imported everything: one start of the
+    real program costs eight seconds of imports a rank. Its launcher is tested in tests/train and tests/slurm.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["hola_megatron.trainer", "hola_megatron.replay"])
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    log.write_text("")
+    processes = [context.Process(target=_rank, args=(arguments, log, rank, ranks, port)) for rank in range(ranks)]
+    for process in processes:
+        process.start()
+    deadline = time.monotonic() + timeout
+    try:
+        while True:
+            codes = [process.exitcode for process in processes]
+            failed = [code for code in codes if code]
+            if failed or None not in codes:
+                return Finished(failed[0] if failed else 0, log.read_text(errors="replace"))
+            if time.monotonic() > deadline:
+                raise AssertionError(f"no end within {timeout} s:\n{log.read_text()[-3000:]}")
+            time.sleep(0.05)
+    finally:
+        for process in processes:
+            process.kill()
+            process.join()
+
+
+def _rank(arguments: list[str], log: Path, rank: int, ranks: int, port: int) -> None:
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(ranks), LOCAL_WORLD_SIZE=str(ranks),
+                      MASTER_ADDR="localhost", MASTER_PORT=str(port), TORCHDYNAMO_DISABLE="1")
+    with log.open("a") as output:
+        os.dup2(output.fileno(), 1)
+        os.dup2(output.fileno(), 2)
+    from hola_megatron.train import main
+
+    run_cli(lambda: main(arguments))
+
+
 def start_program(arguments: list[str], log: Path, *, ranks: int = 0,
                   environment: dict[str, str] | None = None) -> subprocess.Popen:
     launcher = ["-m", "hola_megatron.launch", "--nproc-per-node", str(ranks)] if ranks else []
@@ -75,6 +120,20 @@ def run_tool(name: str, arguments: list[str], capsys: Any) -> Finished:
             run_cli(module.main)
         except SystemExit as ended:
             code = ended.code
+    seen = capsys.readouterr()
+    return Finished(code, seen.out + seen.err)
+
+
+def run_main(arguments: list[str], capsys: Any) -> Finished:
+    """`python -m hola_megatron.train arguments...` in this process, which has paid for its imports already."""
+    from hola_megatron.train import main
+
+    capsys.readouterr()
+    code = None
+    try:
+        run_cli(lambda: main(arguments))
+    except SystemExit as ended:
+        code = ended.code
     seen = capsys.readouterr()
     return Finished(code, seen.out + seen.err)
 

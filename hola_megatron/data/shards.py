@@ -316,6 +316,8 @@ class _Remote:
 
     def _download(self, name: str, target: Path, problem_of: Callable[[Path], str | None]) -> None:
         failure = ""
+        for left in target.parent.glob(f".{name}.*.part*"):  # of a process that was killed: the lock is ours
+            left.unlink(missing_ok=True)
         for attempt in range(DOWNLOAD_ATTEMPTS):
             if attempt:
                 time.sleep(FIRST_DELAY_S * 2 ** (attempt - 1) * random.uniform(1, 1.5))

@@ -6,13 +6,14 @@ no step appears twice.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 from pathlib import Path
 from typing import Any
 
 from hola_megatron.config import Recipe
-from hola_megatron.errors import RecipeError
+from hola_megatron.errors import RecipeError, RunFolderError
 
 
 class Metrics:
@@ -25,8 +26,12 @@ class Metrics:
         self._wandb = _open_wandb(recipe, folder) if recipe.log.wandb_project else None
 
     def _open(self, from_step: int) -> None:
-        drop_rows_after(self.path, from_step)
-        self._file = self.path.open("a", encoding="utf-8")
+        try:
+            drop_rows_after(self.path, from_step)
+            self._file = self.path.open("a", encoding="utf-8")
+        except OSError as error:
+            raise RunFolderError(f"{self.path}: cannot be written ({error}); free the disk or mend the folder"
+                                 ) from None
         self._board = _open_tensorboard(self._folder, from_step) if self._tensorboard else None
 
     def rewind(self, step: int) -> None:
@@ -38,8 +43,7 @@ class Metrics:
 
     def write(self, row: dict[str, Any]) -> None:
         """One row; it is on disk when this returns."""
-        self._file.write(json.dumps(row) + "\n")
-        self._file.flush()
+        self._line(row)
         numbers = {f"{row['kind']}/{name}": value for name, value in row.items()
                    if name not in ("step", "kind") and isinstance(value, (int, float)) and not isinstance(value, bool)}
         if self._board:
@@ -48,15 +52,23 @@ class Metrics:
         if self._wandb:
             self._wandb.log(numbers, step=row["step"])
 
+    def _line(self, row: dict[str, Any]) -> None:
+        try:
+            self._file.write(json.dumps(row) + "\n")
+            self._file.flush()
+        except OSError as error:
+            raise RunFolderError(f"{self.path}: cannot be written ({error}); checkpoints are untouched, free the disk "
+                                 "or mend the folder and start the run again") from None
+
     def text(self, step: int, text: str) -> None:
         """A sample text."""
-        self._file.write(json.dumps({"step": step, "kind": "sample", "text": text}) + "\n")
-        self._file.flush()
+        self._line({"step": step, "kind": "sample", "text": text})
         if self._board:
             self._board.add_text("sample", text, step)
 
     def close(self) -> None:
-        self._file.close()
+        with contextlib.suppress(OSError):  # what a full disk refused has been told
+            self._file.close()
         if self._board:
             self._board.close()
         if self._wandb:

@@ -214,6 +214,18 @@ def test_remote_damage_is_retried_then_named(copy, tmp_path, monkeypatch):
     assert data[0].length == 65, "a passing fault is survived"
 
 
+def test_left_overs_of_a_killed_download_go(dataset, tmp_path):
+    cache = tmp_path / "cache"
+    PackedDataset(f"file://{dataset}", cache=str(cache))
+    folder = next(cache.glob("out-*"))
+    left = [folder / f".shard.00000.mds.{name}" for name in ("0123.part", "4567.part.tmp")]
+    for path in left:
+        path.write_bytes(b"half")
+    (folder / ".locks" / "shard.00000.mds").touch()  # a lock file without a living holder holds nothing
+    assert PackedDataset(f"file://{dataset}", cache=str(cache))[0].length == 65
+    assert not any(path.exists() for path in left)
+
+
 def test_damaged_cache(dataset, tmp_path):
     PackedDataset(f"file://{dataset}", cache=str(tmp_path))[0]
     flip(next(tmp_path.glob("*/*.mds")), 500)

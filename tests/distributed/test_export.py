@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import checkpoint_tensors, metric_rows, run_program, write_recipe
+from helpers import checkpoint_tensors, metric_rows, run_ranks, write_recipe
 from safetensors.torch import load_file
 
 from hola_megatron.checkpoint.folder import find_checkpoint
@@ -28,7 +28,7 @@ def train(folder: Path, data: Path, ranks: int, recipe: Path | None = None, **ch
     recipe = recipe or write_recipe(folder / "recipe.yaml", data / "train", run_dir=str(folder / "run"), train__steps=2,
                                     model__heads=4, model__key_dim=8, model__value_dim=8, model__attention_heads=4,
                                     **changes)
-    done = run_program(["-m", "hola_megatron.train", str(recipe)], folder / "log.txt", ranks=ranks)
+    done = run_ranks([str(recipe)], folder / "log.txt", ranks=ranks)
     assert done.code == 0, done.output[-4000:]
     return folder / "run"
 

@@ -10,7 +10,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import checkpoint_tensors, metric_rows, run_program, start_program, write_recipe
+from helpers import checkpoint_tensors, metric_rows, run_ranks, start_program, write_recipe
+
+from hola_megatron.config import load_recipe
+from hola_megatron.trainer import train
 
 pytestmark = pytest.mark.distributed
 
@@ -36,7 +39,7 @@ def tp2(tmp_path_factory, text_data) -> Path:
     """Six steps without a stop on two tensor ranks, with checkpoints at 3 and 6."""
     folder = tmp_path_factory.mktemp("tp2")
     recipe = recipe_for(folder, text_data, {"tensor": 2})
-    assert run_program(["-m", "hola_megatron.train", str(recipe)], folder / "log.txt", ranks=2).code == 0
+    assert run_ranks([str(recipe)], folder / "log.txt", ranks=2).code == 0
     return folder / "run"
 
 
@@ -48,13 +51,13 @@ def copy_run(run: Path, to: Path) -> Path:
 
 
 @pytest.mark.parametrize(("ranks", "parallel"), [
-    (2, {"tensor": 2}), (0, {}), (2, {"pipeline": 2}), (2, {"distributed_optimizer": True}),
+    (2, {"tensor": 2}), (1, {}), (2, {"pipeline": 2}), (2, {"distributed_optimizer": True}),
     (2, {"distributed_optimizer": False})], ids=["tp2", "tp1", "pp2", "dp2_dist_opt", "dp2"])
 def test_a_tp2_checkpoint_goes_on_in(ranks, parallel, tp2, text_data, tmp_path):
     run = copy_run(tp2, tmp_path)
     stop_at(3, run)
     recipe = recipe_for(tmp_path, text_data, parallel)
-    done = run_program(["-m", "hola_megatron.train", str(recipe)], tmp_path / "log.txt", ranks=ranks)
+    done = run_ranks([str(recipe)], tmp_path / "log.txt", ranks=ranks)
     assert done.code == 0, done.output[-3000:]
     assert "resuming at step 3" in done.output
     rows = metric_rows(run)
@@ -72,15 +75,38 @@ def test_a_tp2_checkpoint_goes_on_in(ranks, parallel, tp2, text_data, tmp_path):
         assert have["loss"] == pytest.approx(want["loss"], rel=1e-5)
 
 
+def test_the_number_of_processes_may_change_at_every_restart(text_data, tmp_path):
+    """4 -> 2 -> 3 -> 1 processes, two steps each: the samples and losses of a run on one."""
+    folders = [tmp_path / "whole", tmp_path / "parts"]
+    recipes = []
+    for folder in folders:
+        folder.mkdir()
+        recipes.append(write_recipe(
+            folder / "recipe.yaml", text_data / "train", run_dir=str(folder / "run"), train__steps=8,
+            train__global_batch_size=12, train__micro_batch_size=1, checkpoint={"every": 2, "keep": 9}))
+    train(load_recipe(recipes[0]))
+    for ranks, last in ((4, 2), (2, 4), (3, 6), (1, 8)):
+        done = run_ranks([str(recipes[1])], folders[1] / "log.txt", ranks=ranks)
+        assert done.code == 0 and (last == 2 or f"resuming at step {last - 2}" in done.output), done.output[-3000:]
+        stop_at(last, folders[1] / "run")
+    want, have = (metric_rows(folder / "run") for folder in folders)
+    assert [row["samples"] for row in have] == [row["samples"] for row in want] == list(range(12, 97, 12))
+    for mine, theirs in zip(have, want, strict=True):
+        assert mine["loss"] == pytest.approx(theirs["loss"], rel=1e-5)
+    for kind in KINDS:
+        one, other = (checkpoint_tensors(f / "run/checkpoints/step_00000008", kind) for f in folders)
+        assert all(float((other[n] - one[n]).norm() / one[n].norm().clamp_min(1e-6)) < 1e-3 for n in one)
+
+
 def test_resume_with_the_distributed_optimizer_is_bitwise(text_data, tmp_path):
     folders = [tmp_path / "whole", tmp_path / "parts"]
     for folder in folders:
         folder.mkdir()
         recipe = recipe_for(folder, text_data, {"distributed_optimizer": True})
-        assert run_program(["-m", "hola_megatron.train", str(recipe)], folder / "log.txt", ranks=2).code == 0
+        assert run_ranks([str(recipe)], folder / "log.txt", ranks=2).code == 0
     stop_at(3, folders[1] / "run")
     recipe = recipe_for(folders[1], text_data, {"distributed_optimizer": True})
-    assert run_program(["-m", "hola_megatron.train", str(recipe)], folders[1] / "log.txt", ranks=2).code == 0
+    assert run_ranks([str(recipe)], folders[1] / "log.txt", ranks=2).code == 0
     for kind in KINDS:
         want, have = (checkpoint_tensors(f / "run/checkpoints/step_00000006", kind) for f in folders)
         assert all(torch.equal(have[name], want[name]) for name in want)

@@ -7,9 +7,10 @@ import shutil
 from pathlib import Path
 
 import pytest
-from helpers import run_program, write_recipe
+from helpers import run_main, run_program, write_recipe
 
-pytestmark = pytest.mark.distributed
+from hola_megatron.config import load_recipe
+from hola_megatron.trainer import train
 
 
 @pytest.fixture(scope="module")
@@ -17,15 +18,17 @@ def finished(tmp_path_factory, text_data) -> Path:
     """A folder with recipe.yaml and a run of two steps."""
     folder = tmp_path_factory.mktemp("finished")
     recipe = write_recipe(folder / "recipe.yaml", text_data / "train", run_dir=str(folder / "run"), train__steps=2)
-    assert run_program(["-m", "hola_megatron.train", str(recipe)], folder / "log.txt").code == 0
+    train(load_recipe(recipe))
     return folder
 
 
-def attempt(folder: Path, *arguments: str, ranks: int = 0) -> tuple[int, str]:
-    done = run_program(["-m", "hola_megatron.train", str(folder / "recipe.yaml"), *arguments], folder / "log.txt",
-                       ranks=ranks)
-    assert "Traceback" not in done.output, done.output
-    return done.code, done.output
+@pytest.fixture
+def attempt(capsys):
+    """attempt(folder, arguments...) runs the program on the folder's recipe: (exit code, what it said)."""
+    def run(folder: Path, *arguments: str) -> tuple[int, str]:
+        done = run_main([str(folder / "recipe.yaml"), *arguments], capsys)
+        return done.code, done.output
+    return run
 
 
 @pytest.fixture
@@ -36,24 +39,27 @@ def copy(finished, tmp_path) -> Path:
     return tmp_path
 
 
-def test_bad_recipe_is_code_2_on_every_rank_and_said_once(copy):
-    code, said = attempt(copy, "train.stps=3", ranks=2)
-    assert code == 2
-    assert said.count("train.stps: no such key (did you mean train.steps?)") == 1
+@pytest.mark.distributed
+def test_errors_of_the_real_program_are_said_once_by_all_ranks_together(copy):
+    """Before the process group exists (recipe) and after (data)."""
+    for change, wanted, said in (("train.stps=3", 2, "train.stps: no such key (did you mean train.steps?)"),
+                                 (f"data.train={copy / 'nothing'}", 3, f"{copy / 'nothing'}: no such data folder")):
+        done = run_program(["-m", "hola_megatron.train", str(copy / "recipe.yaml"), change], copy / "log.txt", ranks=2)
+        assert done.code == wanted and done.output.count(said) == 1 and "Traceback" not in done.output, done.output
 
 
-def test_processes_that_do_not_fit(copy):
+def test_processes_that_do_not_fit(copy, attempt):
     code, said = attempt(copy, "parallel.tensor=2")
     assert code == 2 and "does not divide the 1 processes" in said
 
 
-def test_empty_data_folder(copy):
+def test_empty_data_folder(copy, attempt):
     (copy / "empty").mkdir()
     code, said = attempt(copy, f"data.train={copy / 'empty'}", f"run_dir={copy / 'other'}")
     assert code == 3 and str(copy / "empty") in said
 
 
-def test_damaged_shard(copy, text_data):
+def test_damaged_shard(copy, attempt, text_data):
     shutil.copytree(text_data / "train", copy / "data")
     shard = next((copy / "data").glob("shard.*.mds"))
     data = bytearray(shard.read_bytes())
@@ -63,7 +69,7 @@ def test_damaged_shard(copy, text_data):
     assert code == 3 and shard.name in said
 
 
-def test_tokenizer_mismatch(copy, text_data):
+def test_tokenizer_mismatch(copy, attempt, text_data):
     shutil.copytree(text_data / "train", copy / "data")
     about = json.loads((copy / "data/dataset.json").read_text())
     about["tokenizer"]["sha256"] = "0" * 64
@@ -72,12 +78,12 @@ def test_tokenizer_mismatch(copy, text_data):
     assert code == 3 and "tokenizer" in said
 
 
-def test_sequence_length_of_data_and_recipe_differ(copy):
+def test_sequence_length_of_data_and_recipe_differ(copy, attempt):
     code, said = attempt(copy, "train.sequence_length=128", f"run_dir={copy / 'other'}")
     assert code == 3 and "prepare the text again with --sequence-length" in said
 
 
-def test_a_changed_recipe_does_not_silently_go_on(copy):
+def test_a_changed_recipe_does_not_silently_go_on(copy, attempt):
     code, said = attempt(copy, "train.learning_rate=1e-4", "train.steps=4")
     assert code == 2
     assert "train.learning_rate: was 0.003" in said and "train.steps: was 2" in said and "--allow-change" in said
@@ -85,7 +91,7 @@ def test_a_changed_recipe_does_not_silently_go_on(copy):
     assert code == 0 and "resuming at step 2" in said
 
 
-def test_checkpoints_that_are_all_damaged_stop_the_run(copy):
+def test_checkpoints_that_are_all_damaged_stop_the_run(copy, attempt):
     weights = next((copy / "run/checkpoints/step_00000002").glob("weights*"))
     weights.write_bytes(weights.read_bytes()[:-4])
     code, said = attempt(copy)
@@ -96,19 +102,20 @@ def test_checkpoints_that_are_all_damaged_stop_the_run(copy):
     assert (copy / "run.old-1/checkpoints/step_00000002").is_dir()
 
 
-def test_a_checkpoint_of_another_model(copy):
+def test_a_checkpoint_of_another_model(copy, attempt):
     code, said = attempt(copy, "model.mlp_hidden_size=96", "--allow-change")
     assert code == 2 and "belongs to another model" in said and "mlp" in said
 
 
-def test_a_finished_run_is_left_alone(copy):
+def test_a_finished_run_is_left_alone(copy, attempt):
     code, said = attempt(copy)
     assert code == 0 and "finished: 2 steps" in said
 
 
-def test_diverging_stops_with_code_4_and_names_the_samples(copy):
+def test_diverging_stops_with_code_4_and_names_the_samples(copy, attempt):
     code, said = attempt(copy, "train.learning_rate=1e30", "train.steps=20", "train.warmup_steps=0",
-                         "train.max_bad_steps=1", f"run_dir={copy / 'bad'}")
+                         "guard.max_skips=1", f"run_dir={copy / 'bad'}")
     assert code == 4
-    assert "skipped | step" in said and "non-finite loss or gradient" in said
-    assert json.loads((copy / "bad/diverged.json").read_text())["samples"][1] > 0
+    assert "skipped | step" in said and "2 steps in a row had bad numbers" in said
+    (incident,) = (copy / "bad/incidents").iterdir()
+    assert json.loads((incident / "incident.json").read_text())[1]["last_sample"] > 0
