@@ -15,6 +15,7 @@ import os
 import signal
 import sys
 import threading
+import time
 import uuid
 from pathlib import Path
 from types import FrameType
@@ -24,6 +25,7 @@ from hola_megatron.errors import EXIT_INTERRUPTED, EXIT_LOST
 # torch is imported inside `launch`: it takes seconds, and a signal must not find us without a handler
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+AGAIN_SECONDS = 10
 
 
 class Stop:
@@ -33,19 +35,28 @@ class Stop:
         self.asked: signal.Signals | None = None
         self.ranks_killed = False
         self._grace_seconds = grace_seconds
+        self._busy = False
         for number in STOP_SIGNALS:
             signal.signal(number, self._hand_on)
 
     def _hand_on(self, number: int, frame: FrameType | None) -> None:
         if self.asked is None:
             self.asked = signal.Signals(number)
-            timer = threading.Timer(self._grace_seconds, self._kill)
-            timer.daemon = True
-            timer.start()
-        if not _signal_children(number):
+            threading.Thread(target=self._insist, daemon=True).start()
+        if self._busy:  # a signal amid our handling of the one before, which is for the same end
+            return
+        self._busy = True
+        count = _signal_children(number)
+        self._busy = False
+        if count == 0:
             sys.exit(_outside_training(self.asked))
 
-    def _kill(self) -> None:
+    def _insist(self) -> None:
+        """Once more now and then, for a rank that was just being started; in the end by force."""
+        end = time.monotonic() + self._grace_seconds
+        while (left := end - time.monotonic()) > 0:
+            time.sleep(min(AGAIN_SECONDS, left))
+            _signal_children(self.asked)
         self.ranks_killed = True
         print(f"launch: ranks still run {self._grace_seconds:g} s after {self.asked.name} (HOLA_STOP_SECONDS); "
               "killing them", file=sys.stderr, flush=True)
@@ -122,4 +133,9 @@ def _outside_training(asked: signal.Signals) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(launch(sys.argv[1:]))
+    try:
+        code = launch(sys.argv[1:])
+    finally:
+        for number in STOP_SIGNALS:  # Python takes its handlers away while it ends: the next signal would be our death
+            signal.signal(number, signal.SIG_IGN)
+    sys.exit(code)

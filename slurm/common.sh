@@ -1,34 +1,230 @@
-# Shared by slurm/*.sh: one launcher a node, signals handed on, requeue after a saved checkpoint.
-# A site's account, partition, modules or container go into slurm/site.sh (not in git), which is read if present:
-#     export SBATCH_ACCOUNT=...      module load ...      HOLA_PYTHON=/path/to/python
-set -euo pipefail
+# shellcheck shell=bash
+# One job of hola_megatron.train under Slurm, from top to bottom in `main`; docs/slurm.md says how to use it.
+# Sourced in the repository's root by slurm/hola_*.sh, which set
+#     RECIPE           the recipe's path              (HOLA_RECIPE overrides it)
+#     RANKS_PER_NODE   processes a node, one a GPU    (HOLA_RANKS_PER_NODE overrides it)
+#     MIN_FREE_GB      room for two checkpoints       (HOLA_MIN_FREE_GB overrides it)
+# What a site needs besides (account, partition, modules, container) is in slurm/site.sh (or $HOLA_SITE);
+# see slurm/site.example.sh.
+set -uo pipefail
 
-cd "${SLURM_SUBMIT_DIR:-$(dirname "${BASH_SOURCE[0]}")/..}"
-if [ -f slurm/site.sh ]; then
-    # shellcheck disable=SC1091
-    source slurm/site.sh
-fi
+main() {
+    # outside a job the script submits itself: this way sbatch sees the SBATCH_* settings of slurm/site.sh
+    [ -n "${SLURM_JOB_ID:-}" ] || exec sbatch "slurm/$(basename "$0")" "$@"
+    trap 'on_signal USR1' USR1
+    trap 'on_signal TERM' TERM
+    describe_job
+    read_arguments "$@"
+    find_run_folder
+    count_restart
+    check_health
+    [ -z "$signalled" ] || queue_again "stopped by SIG$signalled before training began"
+    train
+    conclude
+}
 
-PYTHON=${HOLA_PYTHON:-.venv/bin/python}
-MAX_RESTARTS=${HOLA_MAX_RESTARTS:-20}
-restarts=${SLURM_RESTART_COUNT:-0}
-head_node=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
-port=$((20000 + SLURM_JOB_ID % 20000))
+say() { echo "slurm | $*"; }
 
-echo "job $SLURM_JOB_ID (restart $restarts of at most $MAX_RESTARTS) on $SLURM_JOB_NODELIST, recipe $RECIPE"
-env | grep -E '^(NCCL|TORCH|CUDA|OMP)_' | sort || true
+fail() { # code message
+    echo "slurm | $2" >&2
+    exit "$1"
+}
 
-# The signal of `#SBATCH --signal` (no B:) and of preemption reach the srun step, whose launcher hands them to the
-# workers; they agree at a step boundary, save, and end with code 75.
-code=0
-srun --ntasks-per-node=1 --kill-on-bad-exit=0 "$PYTHON" -m hola_megatron.launch \
-    --nnodes="$SLURM_JOB_NUM_NODES" --nproc-per-node="$RANKS_PER_NODE" \
-    --rdzv-backend=c10d --rdzv-endpoint="$head_node:$port" --rdzv-id="$SLURM_JOB_ID-$restarts" \
-    -m hola_megatron.train "$RECIPE" "$@" || code=$?
+describe_job() {
+    local nodes
+    # of an array task SLURM_JOB_ID may be the number of the whole array: requeueing that would requeue every task
+    job=$SLURM_JOB_ID
+    [ -z "${SLURM_ARRAY_TASK_ID:-}" ] || job=${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID
+    nodes=$(scontrol show hostnames "$SLURM_JOB_NODELIST")
+    # the address Slurm itself uses; node names need not resolve
+    address=$(scontrol show node "${nodes%%$'\n'*}" --oneliner | sed -n 's/.* NodeAddr=\([^ ]*\).*/\1/p')
+    endpoint=${address:-${nodes%%$'\n'*}}:$((15000 + SLURM_JOB_ID % 15000))
+    say "job $job, attempt $((restarts + 1)), $SLURM_JOB_NUM_NODES x $ranks ranks on $SLURM_JOB_NODELIST," \
+        "rendezvous at $endpoint, $(date '+%F %T')"
+    env | grep -E '^(NCCL|TORCH|CUDA|OMP|GLOO|UCX|FI|TRITON|HOLA)_' | sort | sed 's/^/slurm | /'
+}
 
-if [ "$code" -eq 75 ] && [ "$restarts" -lt "$MAX_RESTARTS" ]; then
-    echo "checkpoint saved; queueing job $SLURM_JOB_ID again"
-    scontrol requeue "$SLURM_JOB_ID"
+# An array task may be told apart by %a in any argument, and by its line of the file HOLA_SWEEP.
+read_arguments() {
+    local all=("$@") swept=() line argument
+    if [ -n "${SLURM_ARRAY_TASK_ID:-}" ]; then
+        if [ -n "${HOLA_SWEEP:-}" ]; then
+            line=$(sed -n "${SLURM_ARRAY_TASK_ID}p" "$HOLA_SWEEP")
+            [ -n "$line" ] || fail 2 "HOLA_SWEEP: $HOLA_SWEEP has no line $SLURM_ARRAY_TASK_ID, which this task is to use"
+            read -r -a swept <<<"$line"
+        fi
+        all+=(${swept[@]+"${swept[@]}"})
+        all=(${all[@]+"${all[@]//%a/$SLURM_ARRAY_TASK_ID}"})
+    fi
+    for argument in ${all[@]+"${all[@]}"}; do
+        case $argument in
+            --new) asked_new=yes ;;
+            --*) flags+=("$argument") ;;
+            *) overrides+=("$argument") ;;
+        esac
+    done
+}
+
+# As training will see it; a recipe that cannot be used ends the job here.
+find_run_folder() {
+    local program code
+    program='
+import sys
+from hola_megatron.config import load_recipe
+from hola_megatron.errors import run_cli
+run_cli(lambda: print(load_recipe(sys.argv[1], sys.argv[2:]).folder))'
+    run=$(srun --nodes=1 --ntasks=1 ${HOLA_SRUN[@]+"${HOLA_SRUN[@]}"} "${python[@]}" -c "$program" "$recipe" \
+        ${overrides[@]+"${overrides[@]}"})
+    code=$?
+    [ -z "$signalled" ] || queue_again "stopped by SIG$signalled before training began"
+    [ "$code" -eq 0 ] || conclude "$code"
+    run=${run##*$'\n'}
+    if [ -n "${SLURM_ARRAY_TASK_ID:-}" ] && [[ " ${overrides[*]-}" != *" run_dir="* ]]; then
+        run=$run-$SLURM_ARRAY_TASK_ID
+        overrides+=("run_dir=$run")
+    fi
+}
+
+# Restarts without a newer checkpoint are counted when an attempt begins, so that one that was killed counts as well.
+# $run/slurm_restarts holds: newest step when this attempt began, such restarts in a row, and "new" until training has
+# carried out --new, which moves the old folder aside and this file with it.
+count_restart() {
+    local file=$run/slurm_restarts before=-1 pending=''
+    newest=$(newest_step)
+    if [ "$restarts" -eq 0 ]; then
+        pending=${asked_new:+new}
+    else
+        [ ! -f "$file" ] || read -r before idle pending <"$file"
+        if [ "$newest" -gt "$before" ]; then idle=0; else idle=$((idle + 1)); fi
+        mkdir -p "$run"
+    fi
+    # a first attempt does not make the folder, or --new would have an empty one to move aside
+    [ ! -d "$run" ] || echo "$newest $idle $pending" >"$file"
+    if [ -n "$asked_new" ] && { [ "$restarts" -eq 0 ] || [ -n "$pending" ]; }; then
+        flags+=(--new)
+    fi
+    say "recipe $recipe, run folder $run, newest checkpoint: step $newest, restarts without progress: $idle" \
+        "(at most $max_restarts)"
+    [ "$idle" -le "$max_restarts" ] || no_progress "restarted by Slurm"
+}
+
+newest_step() { # of the whole checkpoints of the run; -1 for none
+    local manifest newest=-1
+    for manifest in "$run"/checkpoints/step_*/manifest.json; do
+        if [[ -f $manifest && $manifest =~ /step_([0-9]+)/manifest\.json$ ]]; then
+            [ "$((10#${BASH_REMATCH[1]}))" -le "$newest" ] || newest=$((10#${BASH_REMATCH[1]}))
+        fi
+    done
+    echo "$newest"
+}
+
+check_health() {
+    local parent token code gpus=$ranks
+    parent=$(dirname "$run")
+    token=$parent/.health-$job
+    [ "${HOLA_DEVICE:-cuda}" != cpu ] || gpus=0
+    if ! mkdir -p "$parent" || ! echo "$job attempt $restarts" >"$token"; then
+        fail 1 "health: $parent cannot be written to (see above); set run_dir to a writable shared disk"
+    fi
+    "${one_a_node[@]}" bash slurm/health.sh "$token" "$job attempt $restarts" "${HOLA_MIN_FREE_GB:-$MIN_FREE_GB}" "$gpus"
+    code=$?
+    rm -f "$token"
+    [ "$code" -eq 0 ] || [ -n "$signalled" ] ||
+        fail 1 "health: a node is not fit (named above); training was not started, the job is not queued again"
+}
+
+train() {
+    # --wait: once one node has ended, ranks that hang on their way out do not hold the job for ever
+    "${one_a_node[@]}" --wait=120 ${HOLA_SRUN[@]+"${HOLA_SRUN[@]}"} "${python[@]}" -m hola_megatron.launch \
+        --nnodes="$SLURM_JOB_NUM_NODES" --nproc-per-node="$ranks" \
+        --rdzv-backend=c10d --rdzv-endpoint="$endpoint" --rdzv-id="$job-$restarts" \
+        -m hola_megatron.train "$recipe" ${overrides[@]+"${overrides[@]}"} ${flags[@]+"${flags[@]}"} &
+    srun_pid=$!
+    [ -z "$signalled" ] || insist
+    wait_for "$srun_pid"
+    code=$?
+    [ -z "$insisting" ] || kill "$insisting" 2>/dev/null
+}
+
+wait_for() { # pid; returns its code, however many signals interrupt the waiting
+    local code last
+    while true; do
+        wait "$1"
+        code=$?
+        kill -0 "$1" 2>/dev/null || break
+    done
+    if [ "$code" -gt 128 ]; then # perhaps that of a signal that came just when the process had ended
+        wait "$1" 2>/dev/null
+        last=$?
+        [ "$last" -eq 127 ] || code=$last
+    fi
+    return "$code"
+}
+
+# Slurm sends SIGUSR1 ahead of the time limit (--signal=B:USR1@...) and SIGTERM at preemption. srun hands SIGUSR1 to
+# every process of the step but answers SIGTERM by killing them, so both go on as SIGUSR1.
+# shellcheck disable=SC2317  # called by trap
+on_signal() {
+    signalled=$1
+    say "SIG$1: telling the ranks to save and stop"
+    [ -z "$srun_pid" ] || insist
+}
+
+# srun loses a signal that comes while it starts the step. Launchers and ranks take any number of them.
+insist() {
+    kill -USR1 "$srun_pid" 2>/dev/null
+    [ -z "$insisting" ] || return
+    while sleep 5 && kill -USR1 "$srun_pid"; do :; done >/dev/null 2>&1 &
+    insisting=$!
+}
+
+conclude() { # [code]
+    code=${1:-$code}
+    case $code in
+        0) say "finished" ;;
+        75) queue_again "stopped by a signal (code 75)" ;;
+        76) queue_again "a rank was lost (code 76, see above)" ;;
+        2) say "code 2: the recipe cannot be used (see above); not queued again" ;;
+        3) say "code 3: the data cannot be used (see above); not queued again" ;;
+        4) say "code 4: training diverged (see above); not queued again" ;;
+        *) # a signal that came before the ranks listened, or a rank that hung on its way out
+            [ -z "$signalled" ] || queue_again "stopped by SIG$signalled (code $code)"
+            say "code $code: nothing that a restart is known to mend (see above); not queued again"
+            ;;
+    esac
+    exit "$code"
+}
+
+queue_again() { # why
+    local state
+    state=$(squeue --noheader --jobs="$job" --format=%T 2>/dev/null)
+    if [ "$state" != RUNNING ]; then
+        say "$1; the job is ${state:-gone} already: Slurm or its user has decided what becomes of it"
+        exit 75
+    fi
+    if [ "$(newest_step)" -le "$newest" ] && [ "$idle" -ge "$max_restarts" ]; then
+        no_progress "$1"
+    fi
+    say "$1; queueing job $job again"
+    scontrol requeue "$job" || fail 75 "job $job cannot be queued again (see above); submit it again to go on"
     exit 0
+}
+
+no_progress() { # why
+    fail 75 "$1; giving up after $idle restarts without a checkpoint newer than step $newest in $run \
+(HOLA_MAX_RESTARTS=$max_restarts); find out why, then submit again"
+}
+
+HOLA_SRUN=() HOLA_RUN=()
+if [ -f "${HOLA_SITE:=slurm/site.sh}" ]; then
+    # shellcheck source=/dev/null
+    source "$HOLA_SITE"
 fi
-exit "$code"
+recipe=${HOLA_RECIPE:-$RECIPE}
+ranks=${HOLA_RANKS_PER_NODE:-$RANKS_PER_NODE}
+python=(${HOLA_RUN[@]+"${HOLA_RUN[@]}"} "${HOLA_PYTHON:-.venv/bin/python}")
+one_a_node=(srun --ntasks="${SLURM_JOB_NUM_NODES:-1}" --ntasks-per-node=1 --cpu-bind=none --kill-on-bad-exit=0)
+max_restarts=${HOLA_MAX_RESTARTS:-3}
+restarts=${SLURM_RESTART_COUNT:-0}
+signalled='' srun_pid='' insisting='' asked_new='' overrides=() flags=() run='' newest=-1 idle=0 code=0
+main "$@"

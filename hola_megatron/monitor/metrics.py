@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import secrets
 from pathlib import Path
 from typing import Any
 
@@ -109,6 +110,6 @@ def _open_wandb(recipe: Recipe, folder: Path) -> Any:
                           ) from None
     name = folder / "wandb_id.txt"
     if not name.exists():
-        name.write_text(wandb.util.generate_id())
+        name.write_text(secrets.token_hex(4))
     return wandb.init(project=recipe.log.wandb_project, name=recipe.name, id=name.read_text().strip(), resume="allow",
                       dir=str(folder), config=recipe.to_dict())

@@ -23,5 +23,6 @@ class StopSignal:
         return signal.Signals(number).name if number else None
 
     def restore(self) -> None:
+        """As it was; but once a signal was seen, a repeated one must not end us before we have said so."""
         for number, handler in self._before.items():
-            signal.signal(number, handler)
+            signal.signal(number, signal.SIG_IGN if self.seen else handler)

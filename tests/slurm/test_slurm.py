@@ -1,0 +1,230 @@
+"""The real scripts under a real Slurm: interrupted in every way Slurm has, and the same run in the end.
+
+The cluster has virtual nodes on loopback (cluster.py). Most jobs are submitted at once and run beside
+each other, as they mostly wait; every test then looks at its own.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from cluster import Cluster, install
+from helpers import ROOT, checkpoint_tensors, metric_rows, write_recipe
+
+pytestmark = pytest.mark.distributed
+
+STEPS = 48
+ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY")
+
+
+@dataclass
+class Job:
+    """A submitted job, its log and its run folder."""
+
+    cluster: Cluster
+    number: str
+    log: Path
+    run: Path
+
+    def said(self) -> str:
+        return self.log.read_text(errors="replace") if self.log.exists() else ""
+
+    def field(self, name: str) -> str:
+        return self.cluster.job(self.number).get(name, "")
+
+    def wait(self, what: Callable[[], bool], meaning: str, seconds: float = 150) -> None:
+        deadline = time.monotonic() + seconds
+        while not what():
+            state = self.field("JobState")
+            if (state in ENDED or time.monotonic() > deadline) and not what():
+                raise AssertionError(f"job {self.number} ({state}) never: {meaning}\n{self.said()[-4000:]}\n"
+                                     f"{self.cluster.logs()[-4000:]}")
+            time.sleep(0.1)
+
+    def wait_for_step(self, step: int) -> None:
+        metrics = self.run / "metrics.jsonl"
+        self.wait(lambda: metrics.exists() and max((row["step"] for row in metric_rows(self.run)), default=0) >= step,
+                  f"step {step}")
+
+    def wait_for(self, text: str, times: int = 1) -> None:
+        self.wait(lambda: self.said().count(text) >= times, f"{times} x {text!r}")
+
+    def wait_for_end(self) -> str:
+        """Its exit code, as Slurm keeps it (code:signal)."""
+        self.wait(lambda: self.field("JobState") in ENDED, "ended")
+        return self.field("ExitCode")
+
+    def checkpoints(self) -> list[str]:
+        return sorted(path.name for path in (self.run / "checkpoints").iterdir())
+
+
+class Submitter:
+    """Writes a recipe and submits the real script with it."""
+
+    def __init__(self, cluster: Cluster, folder: Path, data: Path):
+        self.cluster, self.folder, self.data = cluster, folder, data
+        self.site = folder / "site.sh"
+        self.site.write_text(f"HOLA_PYTHON={sys.executable}\nexport HOLA_DEVICE=${{DEVICE:-cpu}}\n"
+                             "export TORCHDYNAMO_DISABLE=1 OMP_NUM_THREADS=1 SBATCH_GPUS_PER_NODE=0\n")
+
+    def __call__(self, name: str, *arguments: str, options: tuple[str, ...] = (), ranks: int = 2,
+                 by_itself: bool = False, **environment: str) -> Job:
+        """`sbatch options slurm/hola_340m.sh arguments`; with by_itself the script calls sbatch."""
+        run = self.folder / name / "run"
+        recipe = write_recipe(self.folder / f"{name}.json", self.data / "train", run_dir=str(run), train__steps=STEPS)
+        log = self.folder / f"{name}.log"
+        variables = {"HOLA_SITE": str(self.site), "HOLA_RECIPE": str(recipe), "HOLA_RANKS_PER_NODE": str(ranks),
+                     "HOLA_MIN_FREE_GB": "1", "SBATCH_OUTPUT": str(log), **environment}
+        command = ["slurm/hola_340m.sh"] if by_itself else ["sbatch", "--gpus-per-node=0", *options,
+                                                            "slurm/hola_340m.sh"]
+        said = self.cluster.ask(*command, *arguments, environment=variables, folder=ROOT, check=True)
+        return Job(self.cluster, re.search(r"batch job (\d+)", said)[1], log, run)
+
+
+@pytest.fixture(scope="module")
+def submit(tmp_path_factory, text_data) -> Iterator[Submitter]:
+    reason = install()
+    if reason:
+        pytest.skip(reason)
+    with tempfile.TemporaryDirectory(prefix="slurm-") as folder:  # short: sockets have names of at most 107 bytes
+        cluster = Cluster(Path(folder), nodes=4)  # the preempted run has two of them
+        try:
+            cluster.start()
+            yield Submitter(cluster, tmp_path_factory.mktemp("jobs"), text_data)
+        finally:
+            cluster.stop()
+
+
+@pytest.fixture(scope="module")
+def jobs(submit) -> dict[str, Job]:
+    """All of them: while one starts or waits, another runs."""
+    for name in ("preempted", "whole"):  # a run of an earlier day, which --new moves aside
+        (submit.folder / name / "run").mkdir(parents=True)
+        (submit.folder / name / "run/of_an_earlier_day").touch()
+    return {
+        # one rank on each of two nodes, so that a run has a rendezvous between nodes
+        "preempted": submit("preempted", "--new", options=("--nodes=2",), ranks=1),
+        "whole": submit("whole", "--new", by_itself=True),
+        "bad": submit("bad", "train.stpes=3"),
+        "full": submit("full", HOLA_MIN_FREE_GB="1000000000"),
+        "no_gpu": submit("no_gpu", ranks=999, DEVICE="cuda"),
+    }
+
+
+@pytest.fixture(scope="module")
+def tasks(submit) -> list[Job]:
+    """The two tasks of an array."""
+    swept = submit.folder / "sweep.txt"
+    swept.write_text(f"run_dir={submit.folder}/swept-%a\ntrain.seed=2\n")
+    array = submit("array", options=("--array=1-2",), HOLA_SWEEP=str(swept), HOLA_MAX_RESTARTS="1",
+                   SBATCH_OUTPUT=str(submit.folder / "array-%a.log"))
+    return [Job(array.cluster, f"{array.number}_{task}", submit.folder / f"array-{task}.log", array.run)
+            for task in (1, 2)]
+
+
+def test_an_interrupted_run_ends_as_the_uninterrupted_one(jobs):
+    job = jobs["preempted"]
+    for number, (step, *command) in enumerate([
+            (5, "scontrol", "requeue"),                         # as preemption: SIGTERM to all, later SIGKILL
+            (12, "scancel", "--signal=TERM"),                   # to the ranks' step
+            (19, "scancel", "--batch", "--signal=USR1")]):      # as --signal=B:USR1@300: to the script
+        job.wait_for_step(step)
+        job.cluster.ask(*command, job.number, check=True)
+        job.wait_for("stopped by SIG", number + 1)
+        job.wait_for(f"attempt {number + 2},")
+        assert metric_rows(job.run)[-1]["step"] < STEPS, "the signal came too late to interrupt anything"
+    assert job.wait_for_end() == "0:0", job.said()
+    assert job.field("Restarts") == "3"
+    assert jobs["whole"].wait_for_end() == "0:0", jobs["whole"].said()
+
+    rows, whole = metric_rows(job.run), metric_rows(jobs["whole"].run)
+    assert [row["step"] for row in rows] == list(range(1, STEPS + 1))
+    assert [row["loss"] for row in rows] == [row["loss"] for row in whole]
+    ends = [which.run / f"checkpoints/step_{STEPS:08d}" for which in (jobs["whole"], job)]
+    for kind in ("weight", "exp_avg", "exp_avg_sq"):
+        want, have = (checkpoint_tensors(end, kind) for end in ends)
+        assert want.keys() == have.keys() and all(want[name].equal(have[name]) for name in want)
+    hashes = [json.loads((end / "manifest.json").read_text())["files"] for end in ends]
+    assert hashes[0] == hashes[1]  # size and sha256 of every file
+
+
+def test_the_log_goes_on_and_says_what_happened(jobs):
+    said = jobs["preempted"].said()
+    for attempt in range(1, 5):
+        assert f"attempt {attempt}, 2 x 1 ranks on node[" in said
+    assert len(re.findall(r"resuming at step \d+", said)) == 3
+    assert "restarts without progress: 0" in said and "restarts without progress: 1" not in said
+    assert re.search(r"health \| node\d: .* writable, \d+ GB free", said)
+    assert "slurm | OMP_NUM_THREADS=1" in said and "slurm | finished" in said
+    assert "Traceback" not in said and "Exception" not in said
+
+
+def test_new_is_carried_out_once_and_not_after_a_restart(jobs):
+    for name in ("preempted", "whole"):
+        aside = [path.name for path in jobs[name].run.parent.iterdir() if path.name.startswith("run.old")]
+        assert aside == ["run.old-1"]
+        assert (jobs[name].run.parent / "run.old-1/of_an_earlier_day").exists()
+
+
+def test_a_bad_recipe_is_code_2_and_not_queued_again(jobs):
+    assert jobs["bad"].wait_for_end() == "2:0"
+    assert jobs["bad"].field("Restarts") == "0"
+    said = jobs["bad"].said()
+    assert "train.stpes: no such key (did you mean train.steps?)" in said
+    assert "slurm | code 2: the recipe cannot be used (see above); not queued again" in said
+
+
+@pytest.mark.parametrize(("name", "problem"), [
+    ("full", r"health \| node\d: \S+: \d+ GB free, 1000000000 needed \(HOLA_MIN_FREE_GB\); make room"),
+    ("no_gpu", r"health \| node\d: (no nvidia-smi, and 999 GPUs are|\d+ GPUs, and 999 are|nvidia-smi fails)")],
+    ids=["full", "no_gpu"])
+def test_an_unfit_node_is_named_before_the_start(name, problem, jobs):
+    job = jobs[name]
+    assert job.wait_for_end() == "1:0"
+    assert job.field("Restarts") == "0"
+    assert re.search(problem, job.said()), job.said()
+    assert "health: a node is not fit" in job.said() and not job.run.exists()
+    assert not list(job.run.parent.glob(".health-*"))
+
+
+def test_a_cancelled_task_stays_cancelled_and_has_its_own_run(submit, tasks):
+    first = tasks[0]
+    first.wait_for("health | node")
+    submit.cluster.ask("scancel", first.number, check=True)
+    first.wait_for_end()
+    assert first.field("JobState") == "CANCELLED" and first.field("Restarts") == "0"
+    assert "queueing" not in first.said()
+    assert f"run folder {submit.folder}/swept-1," in first.said()
+
+
+def test_restarts_without_progress_are_bounded(submit, tasks):
+    first, last = tasks  # the last task's SLURM_JOB_ID is that of the whole array
+    for attempt in (1, 2):
+        last.wait_for("health | node", attempt)  # healthy, and the first step is many seconds away
+        submit.cluster.ask("scancel", "--batch", "--signal=TERM", last.number, check=True)
+        last.wait_for("SIGTERM: telling the ranks to save and stop", attempt)
+    assert last.wait_for_end() == "75:0", last.said()
+    assert last.field("Restarts") == "1"
+    assert "restarts without progress: 1 (at most 1)" in last.said()
+    assert "giving up after 1 restarts without a checkpoint newer than step -1 in" in last.said()
+    assert f"run folder {submit.folder}/array/run-2," in last.said()
+    assert first.field("JobState") == "CANCELLED" and first.field("Restarts") == "0"
+
+
+@pytest.mark.parametrize("script", sorted(path.name for path in (ROOT / "slurm").glob("hola_*.sh")))
+def test_every_script_can_be_submitted_and_names_a_recipe(script, submit):
+    said = submit.cluster.ask("sbatch", "--test-only", "--gpus-per-node=0", "--nodes=1", f"slurm/{script}",
+                              folder=ROOT, check=True)
+    assert "to start at" in said
+    text = (ROOT / "slurm" / script).read_text()
+    assert (ROOT / re.search(r"RECIPE=(\S+)", text)[1]).is_file()
+    for line in ("--requeue", "--open-mode=append", "--signal=B:USR1@300", "--output=%x-%j.log"):
+        assert f"#SBATCH {line}\n" in text
