@@ -4,7 +4,8 @@ All three are [projection of named sections] -> [mix over time, per head] -> [ou
 projection]. Heads are cut over tensor-parallel ranks, so nothing travels inside a mixer:
 each rank owns the state and the exact cache of its heads. The fused input projection holds
 its sections one after the other *per rank*; `Section` tags let checkpoints store the
-logical tensors, so any tensor-parallel size loads any other.
+logical tensors, so any tensor-parallel size loads any other. Where the sequence is cut over
+context-parallel ranks, `OverRanks` says how, and `parallel.context` does what crosses the cuts.
 
 Shapes: S tokens on this rank, B rows (1 for packed documents), D width, H heads of this
 rank, K key and V value width of a head.
@@ -27,6 +28,16 @@ from hola_megatron.model.config import HolaTransformerConfig
 from hola_megatron.model.documents import Documents
 from hola_megatron.model.parameters import Section
 from hola_megatron.model.rotary import rotate
+from hola_megatron.parallel.collectives import Gathering
+from hola_megatron.parallel.context import (
+    OverRanks,
+    attention_over_ranks,
+    conv_tail,
+    gated_delta_over_ranks,
+    hola_attention_over_ranks,
+    start_state_exchange,
+)
+from hola_megatron.parallel.part import Part
 
 
 @dataclass
@@ -46,6 +57,7 @@ class Mixer(MegatronModule):
         self.layer_number = layer_number
         self.tp_group = pg_collection.tp
         self.tp_size = self.tp_group.size()
+        self.cp_group = pg_collection.cp
         self.model = config.recipe_model
 
     def _build_projections(self, submodules: MixerSubmodules, sections: dict[str, int], width_out: int) -> None:
@@ -87,10 +99,18 @@ class Mixer(MegatronModule):
         """hidden_states [S (/ tensor ranks under sequence parallel), B, D] -> the same shape, and no bias."""
         projected, _ = self.in_proj(hidden_states)
         cuts = None if packed_seq_params is None else packed_seq_params.cuts
-        mixed_BSF = self.mix(projected.transpose(0, 1), cuts)
+        mixed_BSF = self.mix(projected.transpose(0, 1), cuts, self._over_ranks(projected.shape[0], packed_seq_params))
         return self.out_proj(mixed_BSF.transpose(0, 1).contiguous())
 
-    def mix(self, projected_BSF: Tensor, cuts: Tensor | None) -> Tensor:
+    def _over_ranks(self, tokens: int, documents: Documents | None) -> OverRanks | None:
+        """How the rows go on on other ranks; None where they are whole."""
+        ranks = self.cp_group.size()
+        if ranks == 1:
+            return None
+        part = documents.part if documents else Part.of_rows(tokens, self.cp_group.rank(), ranks)
+        return OverRanks(part, self.cp_group)
+
+    def mix(self, projected_BSF: Tensor, cuts: Tensor | None, over: OverRanks | None) -> Tensor:
         """Mix over time: the sections of every token [B, S, sum of sections] -> [B, S, H * V]."""
         raise NotImplementedError
 
@@ -123,35 +143,51 @@ class DeltaMixer(Mixer):
             if model.cache.sink:
                 self.sink = self._per_head(heads, dtype=torch.float32)
 
-    def mix(self, projected_BSF: Tensor, cuts: Tensor | None) -> Tensor:
+    def mix(self, projected_BSF: Tensor, cuts: Tensor | None, over: OverRanks | None) -> Tensor:
         model = self.model
-        tokens, out_gate = self._tokens(projected_BSF, cuts)
+        tokens, out_gate, maps = self._tokens(projected_BSF, cuts, over)
         if self.observer is not None:
-            self.observer(self, tokens, cuts)
-        if self.exact_cache:
-            o_BSHV = hola_attention(**tokens, **self.cache_arguments(), cu_seqlens=cuts, backend=model.backend)
+            self.observer(self, tokens, cuts, over)
+        if over is None:
+            remember, keep_state, where = hola_attention, gated_delta_rule, {"cu_seqlens": cuts}
         else:
-            o_BSHV, _, _ = gated_delta_rule(**tokens, cu_seqlens=cuts, backend=model.backend)
+            remember, keep_state = hola_attention_over_ranks, gated_delta_over_ranks
+            where = {"over": over, "maps": maps}
+        if self.exact_cache:
+            o_BSHV = remember(**tokens, **self.cache_arguments(), **where, backend=model.backend)
+        else:
+            o_BSHV = keep_state(**tokens, **where, backend=model.backend)[0]
         normed = gated_rms_norm(x=o_BSHV, gate=out_gate, weight=self._shared_by_heads(self.o_norm),
                                 eps=model.norm_eps, backend=model.backend)
         return normed.flatten(-2)
 
-    def _tokens(self, projected_BSF: Tensor, cuts: Tensor | None) -> tuple[dict[str, Tensor], Tensor]:
-        """q, k, v, log_decay and beta of every token, and the output gate [B, S, H, V]."""
+    def _tokens(self, projected_BSF: Tensor, cuts: Tensor | None,
+                over: OverRanks | None) -> tuple[dict[str, Tensor], Tensor, Gathering | None]:
+        """q, k, v, log_decay and beta of every token, the output gate [B, S, H, V], and the states' exchange if any."""
         model, heads = self.model, self.model.heads // self.tp_size
-        *qkv, gate, rest = projected_BSF.split([*self.sections[:4], sum(self.sections[4:])], -1)
-        # one convolution a section, so that each of q, k, v comes out in one piece of memory
-        weights = self.conv_weight.split(self.sections[:3])
-        q, k, v = (short_conv(x=x, weight=weight, cu_seqlens=cuts, backend=model.backend)
-                   for x, weight in zip(qkv, weights, strict=True))
+        qkv, gate, rest = projected_BSF.split([sum(self.sections[:3]), self.sections[3], sum(self.sections[4:])], -1)
         beta = rest[..., :heads].float().sigmoid()
         if model.decay:
             log_decay = -self.A_log.exp() * F.softplus(rest[..., heads:].float() + self.dt_bias)
         else:
             log_decay = torch.zeros_like(beta)
-        tokens = {"q": self._split_heads(q, model.key_dim), "k": self._split_heads(k, model.key_dim),
-                  "v": self._split_heads(v, model.value_dim), "log_decay": log_decay, "beta": beta}
-        return tokens, self._split_heads(gate, model.value_dim)
+        tail = None if over is None else conv_tail(qkv, model.conv_width, over)
+        tails = [None] * 3 if tail is None else tail.split(self.sections[:3], -1)
+        # one convolution a section, so that each of q, k, v comes out in one piece of memory
+        weights = self.conv_weight.split(self.sections[:3])
+        inputs = list(zip(qkv.split(self.sections[:3], -1), weights, tails, strict=True))
+
+        def convolved(section: int, width: int) -> Tensor:
+            x, weight, before = inputs[section]
+            y = short_conv(x=x, weight=weight, cu_seqlens=cuts, tail=before, backend=model.backend)
+            return self._split_heads(y, width)
+
+        tokens = {"k": convolved(1, model.key_dim), "v": convolved(2, model.value_dim), "log_decay": log_decay,
+                  "beta": beta}
+        # under way while q is convolved
+        maps = None if over is None else start_state_exchange(**tokens, over=over, backend=model.backend)
+        tokens["q"] = convolved(0, model.key_dim)
+        return tokens, self._split_heads(gate, model.value_dim), maps
 
     def cache_arguments(self) -> dict[str, Any]:
         """The exact cache's parameters and choices, as hola_attention takes them."""
@@ -172,10 +208,12 @@ class AttentionMixer(Mixer):
         rows = model.attention_heads // self.tp_size * self.head_dim
         self._build_projections(submodules, {"q": rows, "k": rows, "v": rows}, rows)
 
-    def mix(self, projected_BSF: Tensor, cuts: Tensor | None) -> Tensor:
+    def mix(self, projected_BSF: Tensor, cuts: Tensor | None, over: OverRanks | None) -> Tensor:
         q, k, v = (self._split_heads(x, self.head_dim) for x in projected_BSF.chunk(3, -1))
         if self.model.rope_theta is not None:
-            q, k = rotate(q, k, self.model.rope_theta, cuts)
+            q, k = rotate(q, k, self.model.rope_theta, cuts, over.part.before if over else 0)
+        if over is not None:
+            return attention_over_ranks(q=q, k=k, v=v, over=over).flatten(-2)
         if cuts is None:
             return _causal_attention(q, k, v).flatten(-2)
         lengths = [n for n in cuts.diff().tolist() if n]

@@ -55,13 +55,18 @@ def hola_attention(*, q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, beta: 
     o_state, written, final_state = gated_delta_rule(
         q=q, k=k, v=v, log_decay=log_decay, beta=beta, cu_seqlens=cu_seqlens, initial_state=memory.state,
         backend=backend)
-    rank = _rank_tokens(score, written, v, beta, cuts, memory)
+    rank = rank_tokens(score, written, v, beta, cuts, memory.length)
     o_cache, after = exact_read(
         q=q, k=k, v=v, score=rank, gamma_q=gamma_q, gamma_k=gamma_k, sink=sink, block=block, slots=slots,
         read_norm=read_norm, cu_seqlens=cu_seqlens, memory=memory, backend=backend)
-    wide = compute_dtype(v)
-    o = (o_state.to(wide) + gate.to(wide).sigmoid()[:, None] * o_cache.to(wide)).to(v.dtype)
+    o = combine(o_state, o_cache, gate)
     return (o, replace(after, state=final_state)) if return_state else o
+
+
+def combine(o_state: Tensor, o_cache: Tensor, gate: Tensor) -> Tensor:
+    """o_state + sigmoid(gate) o_cache [B, T, H, V], summed in float32 (float64) and returned in their dtype."""
+    wide = compute_dtype(o_state)
+    return (o_state.to(wide) + gate.to(wide).sigmoid()[:, None] * o_cache.to(wide)).to(o_state.dtype)
 
 
 @torch.no_grad()
@@ -77,7 +82,7 @@ def hola_attention_step(*, q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, b
     q, k, v, beta = q.to(wide), k.to(wide), v.to(wide), beta.to(wide)
     o_state, written = gated_delta_step(q=q, k=k, v=v, log_decay=log_decay, beta=beta, state=state.state)
     cuts = torch.arange(q.shape[0] + 1, device=q.device)
-    rank = _rank_tokens(score, written[:, None], v[:, None], beta[:, None], cuts, state)[:, 0]
+    rank = rank_tokens(score, written[:, None], v[:, None], beta[:, None], cuts, state.length)[:, 0]
     _append(state, k, v, rank)
     o_cache = _read_step(q, gamma_q, gamma_k, sink, read_norm, state)
     _close_full_blocks(state)
@@ -115,8 +120,8 @@ def _check_choices(score: str, read_norm: str) -> None:
 
 
 @torch.no_grad()
-def _rank_tokens(score: str, written: Tensor, v: Tensor, beta: Tensor, cuts: Tensor, memory: HolaState) -> Tensor:
-    """What the cache ranks by, [B, T, H]; `written` is beta * |residual|."""
+def rank_tokens(score: str, written: Tensor, v: Tensor, beta: Tensor, cuts: Tensor, length: Tensor) -> Tensor:
+    """What the cache ranks by, [B, T, H]; `written` is beta * |residual|; length [N]: tokens of each segment so far."""
     if score == "betae":
         return written
     if score == "e":
@@ -125,7 +130,7 @@ def _rank_tokens(score: str, written: Tensor, v: Tensor, beta: Tensor, cuts: Ten
         return beta.to(written.dtype) * v.to(written.dtype).norm(dim=-1)
     flat = torch.arange(int(cuts[-1]), device=v.device)
     segment = torch.searchsorted(cuts, flat, right=True) - 1
-    position = flat - cuts[segment] + memory.length[segment]
+    position = flat - cuts[segment] + length[segment]
     rank = position if score == "recency" else _scramble(position)
     return rank.to(written.dtype).view(written.shape[0], written.shape[1], 1).expand_as(written)
 

@@ -20,7 +20,7 @@ from hola_kernels.exact_cache.triton_key_gradient import launch_key_gradient
 from hola_kernels.exact_cache.triton_pair_gradient import launch_delta, launch_pair_gradient
 from hola_kernels.exact_cache.triton_query_gradient import launch_query_gradient
 from hola_kernels.exact_cache.triton_select import select_slots
-from hola_kernels.segments import cut_units
+from hola_kernels.segments import cut_units, dense_cu_seqlens
 from hola_kernels.state import HolaState
 from hola_kernels.unit_table import UnitTable, unit_table
 
@@ -150,6 +150,35 @@ def exact_read_triton(q_MHK: Tensor, k_MHK: Tensor, v_MHV: Tensor, score_MH: Ten
     final = _as_selection_rows(slots_UHw[blocks.units.units:].long(), q.shape[0], order, units.empty)
     selection = Selection(units, final[:0], torch.where(final < 0, units.empty + segments * slots, final))
     return o, _memory_after(k_MHK, v_MHV, score_MH, selection, memory)
+
+
+def continue_read_triton(q_BTHK: Tensor, k_BTHK: Tensor, v_BTHV: Tensor, score_BTH: Tensor, gamma_q: Tensor,
+                         gamma_k: Tensor, sink_H: Tensor | None, read_norm: str, memory: HolaState,
+                         opened: int) -> Tensor:
+    """o_cache [B, T, H, V] of B sequences that go on from a memory, each with `opened` tokens in its open block.
+
+    The open tokens are laid before the new ones; where every row lies follows from shapes and that one number.
+    """
+    (rows, length, heads), slots, device = score_BTH.shape, memory.slots, q_BTHK.device
+    stream = rows * (opened + length)
+
+    def laid(before: Tensor, new: Tensor, *behind: Tensor) -> Tensor:
+        pieces = [x for row in range(rows) for x in (before[row, :opened], new[row])]
+        return torch.cat([x.to(new.dtype) for x in (*pieces, *behind)])
+
+    k = laid(memory.open_k, k_BTHK, memory.cache_k.transpose(1, 2).flatten(0, 1))
+    v = laid(memory.open_v, v_BTHV, memory.cache_v.transpose(1, 2).flatten(0, 1))
+    q = laid(q_BTHK.new_zeros(rows, opened, *q_BTHK.shape[2:]), q_BTHK)
+    score = laid(memory.open_score.float(), score_BTH.detach().float())
+    cached_row = stream + torch.arange(rows * slots, device=device, dtype=torch.int32).view(rows, 1, slots)
+    blocks = Blocks.cut(dense_cu_seqlens(rows, opened + length, device), stream, block=memory.block, slots=slots,
+                        dense=True, incoming=True)
+    slots_UHw = select_slots(
+        score_MH=score, plan=blocks.plan, slots=slots, incoming_score=memory.cache_score.float().contiguous(),
+        incoming_rows=torch.where(memory.cache_position >= 0, cached_row.expand(-1, heads, -1), -1))
+    o = ExactRead.apply(q, k, v, gamma_q.contiguous(), gamma_k.contiguous(), sink_H, None, None, slots_UHw, blocks,
+                        norm_mean(read_norm, k.shape[-1]))
+    return o.view(rows, opened + length, heads, -1)[:, opened:]
 
 
 def _open_before_new(cu_seqlens: Tensor, memory: HolaState) -> tuple[Tensor, Tensor]:

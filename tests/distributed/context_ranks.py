@@ -1,0 +1,173 @@
+"""One rank of the operation-level tests of context parallelism: `main` runs every case and stores what it got.
+
+The cases and their inputs are made here for both sides, so the tests compare the same numbers computed on one rank.
+"""
+
+from __future__ import annotations
+
+import datetime
+import sys
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "kernels"))
+
+from inputs import make_inputs
+
+from hola_megatron.parallel import context
+from hola_megatron.parallel.collectives import counted
+from hola_megatron.parallel.part import Part
+
+SHARED = ("gamma_q", "gamma_k", "gate", "sink", "weight")
+
+
+@dataclass(frozen=True)
+class Case:
+    """What is computed, on how many ranks."""
+
+    ranks: int
+    length: int
+    cuts: tuple[int, ...] | None = None
+    rows: int = 1
+    what: str = "hola"
+    decay: str = "slow"
+    dtype: torch.dtype = torch.float64
+    shortcut: bool = False
+    backend: str = "torch"
+    options: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def cu_seqlens(self) -> Tensor | None:
+        return None if self.cuts is None else torch.tensor(self.cuts, dtype=torch.int32)
+
+    @property
+    def choices(self) -> dict[str, Any]:
+        return {"block": 16, "slots": 6, **self.options}
+
+    @property
+    def projection(self) -> Tensor:
+        """What the output is multiplied with before it is summed and differentiated."""
+        value = {"conv": (16,), "attention": (2, 8)}.get(self.what, (2, 12))
+        return torch.randn(self.rows, self.length, *value, generator=torch.Generator().manual_seed(1),
+                           dtype=torch.float64)
+
+    def inputs(self) -> dict[str, Tensor]:
+        made = make_inputs(self.rows, self.length, key=8, value=12 if self.what != "attention" else 8, decay=self.decay,
+                           dtype=self.dtype)
+        if self.what == "conv":
+            x = made["q"].detach().flatten(2).requires_grad_()
+            weight = torch.randn(x.shape[-1], 4, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+            return {"x": x, "weight": weight.to(self.dtype).requires_grad_()}
+        kept = {"gdn": ("q", "k", "v", "log_decay", "beta"), "attention": ("q", "k", "v")}.get(self.what, tuple(made))
+        return {name: made[name] for name in kept}
+
+    def part(self, rank: int) -> Part:
+        if self.cuts is None:
+            return Part.of_rows(self.length // self.ranks, rank, self.ranks)
+        return Part.of_documents(self.cu_seqlens, rank, self.ranks)
+
+
+# 240 tokens: parts of 120 on two ranks and of 60 on four, both cut blocks of 16
+PACKINGS = {
+    "across": (0, 50, 130, 240),  # a document over two and over three ranks, others inside one
+    "bounds": (0, 60, 120, 121, 180, 240),  # documents that begin and end where ranks do
+    "long_after_short": (0, 1, 2, 240),
+    "empty_and_single": (0, 0, 59, 60, 60, 61, 119, 120, 120, 121, 121, 200, 200, 239, 240, 240),
+    "whole": (0, 240),
+}
+CASES: dict[str, Case] = {}
+for ranks in (2, 4):
+    CASES[f"cp{ranks}_plain"] = Case(ranks, 240)
+    CASES[f"cp{ranks}_rows"] = Case(ranks, 160, rows=2)
+    for name, cuts in PACKINGS.items():
+        CASES[f"cp{ranks}_{name}"] = Case(ranks, 240, cuts)
+CASES |= {
+    "cp4_fast": Case(4, 240, PACKINGS["across"], decay="fast"),
+    "cp4_no_decay": Case(4, 240, decay="none"),
+    "cp4_fp32": Case(4, 240, PACKINGS["across"], dtype=torch.float32),
+    "cp2_fp32": Case(2, 240, dtype=torch.float32),
+    "cp4_shortest_parts": Case(4, 60),  # 15 tokens a rank: one less than a block
+    "cp4_many_slots": Case(4, 240, options={"slots": 100}),
+    "cp4_block_1": Case(4, 80, (0, 30, 80), options={"block": 1, "slots": 3}),
+    "cp4_flat": Case(4, 240, PACKINGS["across"], options={"read_norm": "l2", "score": "e"}),
+    "cp4_recency": Case(4, 240, PACKINGS["across"], options={"score": "recency"}),
+    "cp4_random": Case(4, 240, PACKINGS["across"], options={"score": "random"}),
+    "cp4_reference": Case(4, 80, (0, 30, 79, 80), backend="reference"),
+    "cp4_gdn": Case(4, 240, PACKINGS["across"], what="gdn"),
+    "cp2_gdn_plain": Case(2, 160, rows=2, what="gdn"),
+    "cp4_conv": Case(4, 40, (0, 9, 11, 29, 30, 31, 40), what="conv"),
+    "cp4_conv_rows": Case(4, 12, rows=2, what="conv"),
+    "cp4_attention": Case(4, 240, PACKINGS["across"], what="attention"),
+    "cp4_attention_singles": Case(4, 240, PACKINGS["empty_and_single"], what="attention"),
+    "cp2_attention_rows": Case(2, 80, rows=2, what="attention"),
+    "shortcut_plain": Case(4, 240, shortcut=True),
+    "shortcut_packed": Case(4, 240, PACKINGS["long_after_short"], shortcut=True),
+    "traffic_240": Case(4, 240, dtype=torch.float32),
+    "traffic_480": Case(4, 480, dtype=torch.float32),
+    "traffic_480_packed": Case(4, 480, (0, 100, 101, 400, 480), dtype=torch.float32),
+}
+
+
+def run_case(case: Case, rank: int, group: dist.ProcessGroup) -> dict[str, Any]:
+    """Outputs, memory, gradients and messages of this rank."""
+    part = case.part(rank)
+    over = context.OverRanks(part, group)
+    whole = case.inputs()
+    local = {n: x.detach() if n in SHARED else part.slice(x.detach()) for n, x in whole.items()}
+    local = {n: x.clone().requires_grad_() for n, x in local.items()}
+    found: dict[str, Any] = {}
+    with counted() as forward, plain_sum(case.shortcut):
+        if case.what == "conv":
+            o = context.short_conv_over_ranks(**local, over=over, backend=case.backend)
+        elif case.what == "attention":
+            o = context.attention_over_ranks(**local, over=over)
+        elif case.what == "gdn":
+            o, found["score"] = context.gated_delta_over_ranks(**local, over=over, backend=case.backend)
+        else:
+            o = context.hola_attention_over_ranks(**local, over=over, backend=case.backend, **case.choices)
+    with counted() as backward:
+        found["gradients"] = gradients_with(o, part.slice(case.projection).to(o), local)
+    if case.what == "hola" and not case.shortcut:
+        tokens = {n: local[n] for n in ("q", "k", "v", "log_decay", "beta")}
+        choices = {n: x for n, x in case.choices.items() if n != "read_norm"}
+        found["score"], found["memory"] = context.scores_and_memory(
+            **tokens, over=over, backend=case.backend, **choices)
+    return {"o": o.detach(), "forward": forward, "backward": backward, **found}
+
+
+def gradients_with(o: Tensor, weight: Tensor, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+    found = torch.autograd.grad((o * weight).sum(), list(inputs.values()), allow_unused=True)
+    return {n: torch.zeros_like(x) if d is None else d for (n, x), d in zip(inputs.items(), found, strict=True)}
+
+
+@contextmanager
+def plain_sum(on: bool):
+    """LASP-2's shortcut for ungated linear attention: add the ranks' states instead of folding their maps."""
+    exact = context.fold_left
+
+    def shortcut(maps: Tensor, part: Part) -> Tensor:
+        earlier = maps[part.first_rank: part.rank] if part.before else maps[:0]
+        return earlier[..., : -maps.shape[-2]].sum(0)
+
+    context.fold_left = shortcut if on else exact
+    yield
+    context.fold_left = exact
+
+
+def main(rank: int, ranks: int, folder: Path) -> None:
+    dist.init_process_group("gloo", timeout=datetime.timedelta(seconds=60))
+    groups = {2: dist.new_group([0, 1]), 4: dist.group.WORLD}
+    results = {}
+    for name, case in CASES.items():
+        if rank < case.ranks:
+            results[name] = run_case(case, rank, groups[case.ranks])
+    torch.save(results, folder / f"rank{rank}.pt")
+    dist.barrier()
+    dist.destroy_process_group()
+

@@ -1,0 +1,63 @@
+"""A function of a test module on several ranks at once, forked from the server of `helpers.run_ranks`."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import socket
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+
+def run_on_ranks(target: Callable[..., None], ranks: int, folder: Path, *arguments: Any, timeout: float = 300) -> None:
+    """target(rank, ranks, folder, *arguments) in a process each, with torchrun's variables; `folder` gets its output.
+
+    Ends all of them when one fails or the time is over, and shows what they said.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["hola_megatron.trainer", "hola_megatron.replay"])
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    processes = [context.Process(target=_rank, args=(target, rank, ranks, port, folder, arguments))
+                 for rank in range(ranks)]
+    for process in processes:
+        process.start()
+    deadline = time.monotonic() + timeout
+    try:
+        while (None in (codes := [p.exitcode for p in processes])) and not any(codes) and time.monotonic() < deadline:
+            time.sleep(0.05)
+    finally:
+        for process in processes:
+            process.kill()
+            process.join()
+    if codes != [0] * ranks:
+        said = [f"rank {rank}: {log_of(folder, ranks, rank).read_text()[-2000:]}" for rank in range(ranks)]
+        raise AssertionError("\n".join([f"ranks ended with {codes}", *said]))
+
+
+def log_of(folder: Path, ranks: int, rank: int) -> Path:
+    """What one rank printed."""
+    return folder / f"log{ranks}_{rank}"
+
+
+def _rank(target: Callable[..., None], rank: int, ranks: int, port: int, folder: Path,
+          arguments: tuple[Any, ...]) -> None:
+    import torch
+
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(ranks), LOCAL_WORLD_SIZE=str(ranks),
+                      MASTER_ADDR="localhost", MASTER_PORT=str(port), TORCHDYNAMO_DISABLE="1")
+    with log_of(folder, ranks, rank).open("w") as output:
+        os.dup2(output.fileno(), 1)
+        os.dup2(output.fileno(), 2)
+    torch.set_num_threads(1)
+    try:
+        target(rank, ranks, folder, *arguments)
+    except BaseException:
+        traceback.print_exc()
+        sys.stdout.flush()
+        os._exit(1)

@@ -1,0 +1,178 @@
+"""Operations over context-parallel ranks against one rank: outputs, scores, cached sets, every gradient, messages.
+
+Four gloo processes run all cases once (context_ranks.py); each test compares one case with the whole
+sequence computed here. float64 within 1e-9, float32 within the contract.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).parent))
+sys.path.insert(0, str(Path(__file__).parent.parent / "kernels"))
+
+from context_ranks import CASES, PACKINGS, SHARED, Case, gradients_with, main
+from forked import run_on_ranks
+from inputs import make_inputs, relative_error
+
+from hola_kernels import KernelError, gated_delta_rule, hola_attention, short_conv
+from hola_kernels.attention import rank_tokens
+from hola_kernels.checks import segments_of
+from hola_megatron.parallel.part import Part
+
+pytestmark = pytest.mark.distributed
+RANKS = 4
+WITH_MEMORY = [name for name, case in CASES.items() if case.what == "hola" and not case.shortcut]
+EQUAL = [name for name, case in CASES.items() if not case.shortcut]
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory) -> list[dict]:
+    """What every rank stored, by case."""
+    folder = tmp_path_factory.mktemp("ranks")
+    run_on_ranks(main, RANKS, folder)
+    return [torch.load(folder / f"rank{rank}.pt", weights_only=False) for rank in range(RANKS)]
+
+
+def one_rank(case: Case) -> tuple[Tensor, Tensor | None, dict[str, Tensor]]:
+    """(o, what the cache ranks by, gradients) of the whole rows."""
+    inputs, cuts = case.inputs(), case.cu_seqlens
+    score = None
+    if case.what == "conv":
+        o = short_conv(**inputs, cu_seqlens=cuts)
+    elif case.what == "attention":
+        o = softmax_attention(**inputs, cuts=cuts)
+    elif case.what == "gdn":
+        o, score, _ = gated_delta_rule(**inputs, cu_seqlens=cuts, backend=case.backend)
+    else:
+        o = hola_attention(**inputs, cu_seqlens=cuts, backend=case.backend, **case.choices)
+        score = ranks_of(case, inputs)
+    return o, score, gradients_with(o, case.projection.to(o), inputs)
+
+
+def ranks_of(case: Case, inputs: dict[str, Tensor]) -> Tensor:
+    tokens = {n: inputs[n].detach() for n in ("q", "k", "v", "log_decay", "beta")}
+    _, written, _ = gated_delta_rule(**tokens, cu_seqlens=case.cu_seqlens, backend=case.backend)
+    cuts = segments_of(written, case.cu_seqlens)
+    return rank_tokens(case.choices.get("score", "betae"), written, tokens["v"], tokens["beta"], cuts,
+                       torch.zeros(cuts.numel() - 1, dtype=torch.int64))
+
+
+def softmax_attention(q: Tensor, k: Tensor, v: Tensor, cuts: Tensor | None) -> Tensor:
+    bounds = [0, q.shape[1]] if cuts is None else cuts.tolist()
+    parts = [F.scaled_dot_product_attention(*(x[:, a:b].transpose(1, 2) for x in (q, k, v)), is_causal=True)
+             for a, b in zip(bounds[:-1], bounds[1:], strict=True) if b > a]
+    return torch.cat(parts, 2).transpose(1, 2)
+
+
+def joined(ranks: list[dict], case: Case) -> tuple[Tensor, Tensor | None, dict[str, Tensor]]:
+    """The ranks' parts put together; gradients of shared parameters added up."""
+    o = torch.cat([r["o"] for r in ranks], 1)
+    score = torch.cat([r["score"] for r in ranks], 1) if "score" in ranks[0] else None
+    gradients = {}
+    for name in ranks[0]["gradients"]:
+        every = [r["gradients"][name] for r in ranks]
+        gradients[name] = sum(every) if name in SHARED else torch.cat(every, 1)
+    return o, score, gradients
+
+
+def errors(found: list[dict], name: str) -> dict[str, float]:
+    case = CASES[name]
+    want, have = one_rank(case), joined([rank[name] for rank in found[: case.ranks]], case)
+    measured = {"o": relative_error(have[0], want[0])}
+    if have[1] is not None:
+        measured["score"] = relative_error(have[1], want[1])
+    return measured | {f"d{n}": relative_error(have[2][n], d) for n, d in want[2].items()}
+
+
+@pytest.mark.parametrize("name", EQUAL)
+def test_ranks_together_equal_one_rank(name, found):
+    measured = errors(found, name)
+    narrow = CASES[name].dtype == torch.float32
+    for what, error in measured.items():
+        limit = (1e-4 if what.startswith("d") else 1e-5) if narrow else 1e-9
+        assert error < limit, (what, measured)
+
+
+@pytest.mark.parametrize("name", WITH_MEMORY)
+def test_the_memory_entering_a_rank_is_that_of_one_rank(name, found):
+    """Compressed state, cached tokens with scores and positions, and the open block, at every rank's first token."""
+    case, inputs = CASES[name], {n: x.detach() for n, x in CASES[name].inputs().items()}
+    tolerance = 1e-9 if case.dtype == torch.float64 else 1e-5
+    for rank in range(case.ranks):
+        part, memory = case.part(rank), found[rank][name]["memory"]
+        before = slice(part.start - part.before, part.start)
+        past = {n: x if n in SHARED else x[:, before] for n, x in inputs.items()}
+        _, want = hola_attention(**past, return_state=True, backend=case.backend, **case.choices)
+        for field in ("length", "cache_position"):
+            assert torch.equal(getattr(memory, field), getattr(want, field)), (rank, field)
+        for field in ("state", "cache_k", "cache_v", "cache_score", "open_k", "open_v", "open_score"):
+            have, expected = getattr(memory, field), getattr(want, field)
+            assert have.shape == expected.shape and have.dtype == expected.dtype
+            filled = expected.isfinite()
+            assert torch.equal(have.isfinite(), filled), (rank, field)
+            error = (have - expected)[filled].norm() if filled.any() else torch.zeros(())
+            assert error <= tolerance * expected[filled].norm().clamp_min(1e-30), (rank, field)
+
+
+@pytest.mark.parametrize("name", ["shortcut_plain", "shortcut_packed"])
+def test_a_plain_sum_of_states_fails_these_tests(name, found):
+    """The test of the tests: what is exact for linear attention without gate and delta rule is far off here."""
+    measured = errors(found, name)
+    assert measured["o"] > 1e-2 and measured["dk"] > 1e-2, measured
+
+
+def test_messages_do_not_grow_with_the_sequence(found):
+    names = ("traffic_240", "traffic_480", "traffic_480_packed")
+    for rank in range(RANKS):
+        forward, backward = ([found[rank][n][way] for n in names] for way in ("forward", "backward"))
+        assert forward[0] == forward[1] == forward[2] and backward[0] == backward[1] == backward[2]
+    heads, key, value, block, slots = 2, 8, 12, 16, 6
+    middle = found[1]["traffic_240"]
+    sizes = {(way, s.kind, s.what): s.payload for way in ("forward", "backward") for s in middle[way]}
+    assert sizes == {
+        ("forward", "all-gather", "state maps"): 4 * heads * key * (key + value),
+        ("forward", "shift", "open block"): 4 * (block - 1) * heads * (key + value + 1),
+        ("forward", "all-gather", "cache shards"): 4 * heads * slots * (key + value + 2),
+        ("backward", "all-gather", "state gradients"): 4 * heads * key * value,
+        ("backward", "reduce-scatter", "cache shard gradients"): 4 * RANKS * heads * slots * (key + value),
+        ("backward", "shift", "open block gradients"): 4 * (block - 1) * heads * (key + value)}
+    assert len(middle["forward"]) == 3 and len(middle["backward"]) == 3
+
+
+@pytest.mark.parametrize("packing", PACKINGS)
+def test_packing_over_ranks_equals_each_document_alone(packing, found):
+    """Forward and backward, each document computed as a sequence of its own on one rank."""
+    name = f"cp4_{packing}"
+    case, cuts = CASES[name], PACKINGS[packing]
+    inputs = case.inputs()
+    alone = [hola_attention(**{n: x if n in SHARED else x[:, a:b] for n, x in inputs.items()}, backend="torch",
+                            **case.choices) for a, b in zip(cuts[:-1], cuts[1:], strict=True) if b > a]
+    o, _, gradients = joined([rank[name] for rank in found], case)
+    assert relative_error(o, torch.cat(alone, 1)) < 1e-9
+    for n, d in gradients_with(torch.cat(alone, 1), case.projection, inputs).items():
+        assert relative_error(gradients[n], d) < 1e-9, n
+
+
+def test_too_short_a_part_is_refused_by_name():
+    from hola_megatron.parallel.shared_cache import entering_memory
+
+    x = {n: v.detach() for n, v in make_inputs(1, 14).items()}
+    with pytest.raises(KernelError, match="14 tokens a context-parallel rank: a cache block of 16"):
+        entering_memory(x["k"], x["v"], x["beta"], None, Part.of_rows(14, 0, 4), None, 16, 6)
+
+
+def test_parts_of_a_packed_row():
+    cuts = torch.tensor([0, 4, 13, 13, 16, 16, 18])
+    parts = [Part.of_documents(cuts, rank, 3) for rank in range(3)]
+    shown = [(p.cuts.tolist(), p.before, p.first_rank, p.last_rank, p.head, p.tail) for p in parts]
+    assert shown == [([0, 4, 6], 0, 0, 2, 4, 2), ([0, 6], 2, 0, 2, 6, 6), ([0, 1, 4, 6], 8, 0, 2, 1, 2)]
+    assert [p.goes_on for p in parts] == [True, True, False] and parts[2].later.tolist() == [0, 3, 5]
+    at_bounds = [Part.of_documents(torch.tensor([0, 6, 12, 18]), rank, 3) for rank in range(3)]
+    assert all((p.before, p.first_rank, p.last_rank, p.goes_on) == (0, r, r, False) for r, p in enumerate(at_bounds))
