@@ -11,9 +11,11 @@ modelled but the all-to-all column and the lengths marked as such. Fails if a me
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import platform
 import tempfile
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -35,9 +37,16 @@ def measure(rank: int, ranks: int, options: argparse.Namespace, folder: str) -> 
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet{ranks}", rank=rank, world_size=ranks)
     found = {length: layer(options, Part.of_rows(length // ranks, rank, ranks)) for length in options.lengths}
-    torch.save(found, f"{folder}/{ranks}_{rank}.pt")
+    plain = {length: [[asdict(sent) for sent in way] for way in ways] for length, ways in found.items()}
+    Path(f"{folder}/{ranks}_{rank}.json").write_text(json.dumps(plain))
     dist.barrier()
     dist.destroy_process_group()
+
+
+def read(path: Path) -> dict[int, tuple[list[Sent], list[Sent]]]:
+    """What `measure` of one rank wrote."""
+    plain = json.loads(path.read_text())
+    return {int(length): tuple([Sent(**sent) for sent in way] for way in ways) for length, ways in plain.items()}
 
 
 def layer(options: argparse.Namespace, part: Part) -> tuple[list[Sent], list[Sent]]:
@@ -115,7 +124,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         for ranks in options.ranks:
             mp.spawn(measure, (ranks, options, folder), nprocs=ranks)
-            found = [torch.load(Path(folder) / f"{ranks}_{rank}.pt", weights_only=False) for rank in range(ranks)]
+            found = [read(Path(folder) / f"{ranks}_{rank}.json") for rank in range(ranks)]
             rows = table(options, ranks, found)
             sums[ranks] = int(rows[-1].split("|")[-2].replace(",", ""))
             print("\n".join(rows), flush=True)

@@ -79,7 +79,7 @@ class Saver:
         index: dict[str, Any] = {kind: {} for kind in KINDS}
         for number, (parameter, its_pieces) in enumerate(_by_parameter(engine.parameter_pieces())):
             # the writer of a parameter rotates over data ranks, so all of them write their share
-            gathered = engine.state.gather(parameter, number % engine.layout.data)
+            gathered = engine.state.gather(parameter, number % engine.state.ranks)
             for piece in its_pieces if gathered else ():
                 if piece.replica:
                     continue
@@ -127,7 +127,7 @@ def state_hash(engine: MegatronEngine) -> str:
     """
     mine: dict[str, list[tuple[int, int, Tensor]]] = {}
     for number, (parameter, its_pieces) in enumerate(_by_parameter(engine.parameter_pieces())):
-        gathered = engine.state.gather(parameter, number % engine.layout.data)
+        gathered = engine.state.gather(parameter, number % engine.state.ranks)
         for piece in its_pieces if gathered else ():
             if not piece.replica:
                 for kind in KINDS:
@@ -150,7 +150,8 @@ def _manifest(engine: MegatronEngine, state: TrainerState) -> dict[str, Any]:
     return {
         "format": FORMAT, "step": state.step, "optimizer_step": engine.state.step, "trainer": dict(vars(state)),
         "healthy": state.bad_steps == 0,
-        "layout": {"tensor": layout.tensor, "pipeline": layout.pipeline, "data": layout.data},
+        "layout": {"tensor": layout.tensor, "pipeline": layout.pipeline,
+                   "context": engine.recipe.parallel.context, "data": layout.data},
         "recipe": engine.recipe.to_dict()}
 
 

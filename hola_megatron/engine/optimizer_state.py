@@ -27,6 +27,7 @@ class OptimizerState:
             raise NotImplementedError("checkpoints know one optimizer a rank")
         self.inner = chain[0]
         self.group = data_group
+        self.ranks = dist.get_world_size(data_group)
         self.distributed = isinstance(self.inner, DistributedOptimizer)
         if self.inner.init_state_fn is not None and self.inner.optimizer is not None:
             self.inner.init_state_fn(self.inner.optimizer, self.inner.config)
