@@ -8,17 +8,19 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
+import shutil
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch.distributed as dist
 import yaml
 
-from hola_megatron.checkpoint.folder import Checkpoint, list_steps, newest_usable, write_durably
+from hola_megatron.checkpoint.folder import Checkpoint, list_steps, newest_usable, remove, write_durably
 from hola_megatron.checkpoint.save_load import TrainerState
 from hola_megatron.config import Recipe
-from hola_megatron.errors import CheckpointError, RecipeError, RunFolderError, UserError
-from hola_megatron.parallel.groups import Layout
+from hola_megatron.errors import CheckpointError, RecipeError, RunFolderError
+from hola_megatron.parallel.groups import Layout, on_main
 
 REWIND = "rewind.json"
 # what may differ between the parts of one run without changing what is computed
@@ -26,25 +28,29 @@ FREE = ("run_dir", "parallel.", "checkpoint.", "log.", "valid.", "data.valid", "
         "train.recompute", "guard.", "model.backend", "model.layer_spec")
 
 
+@dataclass(frozen=True)
+class Resume:
+    """What a run goes on from: a checkpoint, and what a rewind to it has noted since."""
+
+    checkpoint: Checkpoint
+    noted: dict[str, int]
+
+    def state(self, loaded: TrainerState) -> TrainerState:
+        """Where to go on: past the bad samples if a rewind came after the checkpoint."""
+        return dataclasses.replace(loaded, **self.noted)
+
+
 def open_run_folder(recipe: Recipe, layout: Layout, data_fingerprint: str, *, new: bool,
-                    allow_change: bool) -> Checkpoint | None:
-    """The checkpoint to go on from, or None for a new run; all ranks get the same answer or the same error.
+                    allow_change: bool) -> Resume | None:
+    """What to go on from, or None for a new run; all ranks get the same answer or the same error.
 
     CheckpointError: checkpoints are there but none is usable. RecipeError: the recipe or data changed.
+    RunFolderError: the folder cannot be written.
     """
-    box: list[Any] = [None]
-    if layout.is_main:
-        try:
-            box[0] = _open(recipe, data_fingerprint, new, allow_change)
-        except UserError as error:
-            box[0] = error
-    dist.broadcast_object_list(box, src=0)
-    if isinstance(box[0], UserError):
-        raise box[0]
-    return box[0]
+    return on_main(layout, lambda: _open(recipe, data_fingerprint, new, allow_change))
 
 
-def _open(recipe: Recipe, data_fingerprint: str, new: bool, allow_change: bool) -> Checkpoint | None:
+def _open(recipe: Recipe, data_fingerprint: str, new: bool, allow_change: bool) -> Resume | None:
     folder = recipe.folder
     if new and folder.exists():
         _move_aside(folder)
@@ -68,26 +74,40 @@ def _open(recipe: Recipe, data_fingerprint: str, new: bool, allow_change: bool) 
     except OSError as error:
         raise RunFolderError(f"{folder / 'recipe.yaml'}: cannot be written ({error}); free the disk or mend the folder"
                              ) from None
-    return checkpoint
+    for left in folder.glob("incidents/*/*.tmp"):  # of a save that was killed
+        shutil.rmtree(left)
+    return Resume(checkpoint, _noted(folder, checkpoint.step)) if checkpoint else None
 
 
 def note_rewind(folder: Path, state: TrainerState) -> None:
-    """Remember that the run went back to `state.step` and on with other samples, until its next checkpoint."""
-    write_durably(folder / REWIND, json.dumps({"step": state.step, "samples": state.samples,
-                                               "rewinds": state.rewinds}).encode())
+    """Remember that the run went back to `state.step` and on with other samples, until its next checkpoint.
+
+    Later checkpoints belong to what was undone and go, so that the next start finds the one gone back to.
+    """
+    noted = {"step": state.step, "samples": state.samples, "rewinds": state.rewinds}
+    try:
+        write_durably(folder / f"{REWIND}.tmp", json.dumps(noted).encode())
+        os.replace(folder / f"{REWIND}.tmp", folder / REWIND)
+        for step, path in list_steps(folder / "checkpoints"):
+            if step > state.step:
+                remove(path)
+    except OSError as error:
+        raise RunFolderError(f"{folder}: the rewind cannot be noted ({error}); free the disk or mend the folder and "
+                             "start the run again") from None
 
 
 def forget_rewind(folder: Path) -> None:
     (folder / REWIND).unlink(missing_ok=True)
 
 
-def resume_state(folder: Path, loaded: TrainerState) -> TrainerState:
-    """Where to go on after loading a checkpoint: past the bad samples if a rewind came after it."""
+def _noted(folder: Path, step: int) -> dict[str, int]:
+    """What the last rewind noted, if it went to `step`."""
     try:
         noted = json.loads((folder / REWIND).read_bytes())
-    except (FileNotFoundError, ValueError):  # none, or its writing was cut short: the run rewinds again if it must
-        return loaded
-    return dataclasses.replace(loaded, **noted) if noted["step"] == loaded.step else loaded
+        values = {name: int(noted[name]) for name in ("step", "samples", "rewinds")}
+    except (OSError, ValueError, TypeError, KeyError):  # none, or damaged: the run rewinds again if it must
+        return {}
+    return values if values["step"] == step else {}
 
 
 def _move_aside(folder: Path) -> None:

@@ -7,9 +7,9 @@ import math
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
-import torch.distributed as dist
 
 from hola_megatron.checkpoint.folder import newest_usable, retire
 from hola_megatron.checkpoint.save_load import Saver, TrainerState, load
@@ -18,7 +18,7 @@ from hola_megatron.config import Recipe, micro_batches
 from hola_megatron.data.stream import Batch, BatchLoader, Mixture, PackedDataset, check_tokenizer, eval_batches
 from hola_megatron.data.tokenizer import Tokenizer, load_tokenizer
 from hola_megatron.engine.megatron import MegatronEngine, StepResult
-from hola_megatron.errors import DataError, DivergedError, Interrupted
+from hola_megatron.errors import CheckpointError, DataError, DivergedError, Interrupted
 from hola_megatron.model.flops import flops_per_token, peak_flops
 from hola_megatron.monitor import console, memory_health
 from hola_megatron.monitor.banner import print_banner
@@ -30,8 +30,8 @@ from hola_megatron.monitor.sample import sample_text
 from hola_megatron.monitor.signals import StopSignal
 from hola_megatron.monitor.stragglers import Stragglers
 from hola_megatron.monitor.watchdog import Watchdog
-from hola_megatron.parallel.groups import Layout, agree, start
-from hola_megatron.run_folder import forget_rewind, note_rewind, open_run_folder, resume_state
+from hola_megatron.parallel.groups import Layout, agree, on_main, start
+from hola_megatron.run_folder import forget_rewind, note_rewind, open_run_folder
 
 
 @dataclass
@@ -55,7 +55,7 @@ def train(recipe: Recipe, *, new: bool = False, allow_change: bool = False) -> N
     engine = MegatronEngine(recipe, layout)
     state = TrainerState(step=0, samples=0)
     if resume:
-        state = resume_state(recipe.folder, load(engine, resume))
+        state = resume.state(load(engine, resume.checkpoint))
     if layout.is_main:
         print_banner(recipe, layout, engine, data.mixture, state)
     run = Run(recipe, layout, engine, data, state)
@@ -73,6 +73,7 @@ class Run:
         self.guard = NumberGuard(recipe.guard, state.guard)
         self.saver = Saver(engine)
         self.saved_step = state.step if state.step else -1
+        self.rewound_to: int | None = None
         self.save_due = self.saving = False
         self.streak: list[BadStep] = []
         self.code_version = console.code_version()
@@ -91,13 +92,19 @@ class Run:
     def to_the_end(self) -> None:
         recipe, steps = self.recipe, self.recipe.train.steps
         while self.state.step < steps:
+            before = self.state.step
             self.step()
             step = self.state.step
+            if step <= before:  # it was bad, and one too many: the run has gone back
+                continue
             if recipe.data.valid and due(step, recipe.valid.every, steps):
                 self.validate()
             if recipe.log.sample_every and due(step, recipe.log.sample_every, steps):
                 self.sample()
-            self.save_due |= due(step, recipe.checkpoint.every, steps)
+            if due(step, recipe.checkpoint.every, steps):
+                self.save_due = True
+                if recipe.checkpoint.keep_every and step % recipe.checkpoint.keep_every == 0:
+                    self.finish_save()  # this very step is to be kept: it cannot wait for the last one
             name = self.agree_and_save()
             if name:
                 self.save_now()
@@ -170,7 +177,7 @@ class Run:
         loss = totals[0] / max(totals[1], 1)
         if self.layout.is_main:
             self.metrics.write({"step": self.state.step, "kind": "valid", "loss": finite(loss),
-                                "perplexity": math.exp(min(loss, 50)), "tokens": totals[1]})
+                                "perplexity": finite(math.exp(min(loss, 50))), "tokens": totals[1]})
             print(f"valid | step {self.state.step:,} | loss {loss:.4f} | perplexity {math.exp(min(loss, 50)):.2f} | "
                   f"{totals[1]:,} tokens", flush=True)
             for layer, values in health.items():
@@ -209,15 +216,20 @@ class Run:
             return
         self.watchdog.mark(self.state.step, "copying a checkpoint")
         self.clock.start_save()
-        self.saver.begin(self.state, self.recipe.folder / "checkpoints", self.about_run(), self.after_save)
+        self.saver.begin(self.state, self.recipe.folder / "checkpoints", self.about_run(),
+                         (self.retire_checkpoints, self.forget_rewind, self.plot_loss))
         self.saving, self.saved_step = True, self.state.step
         self.clock.end_save()
 
-    def after_save(self) -> None:
-        """On rank 0's writing thread, when a checkpoint is whole."""
+    # these three on rank 0's writing thread, when a checkpoint is whole
+    def retire_checkpoints(self) -> None:
         checkpoint = self.recipe.checkpoint
         retire(self.recipe.folder / "checkpoints", checkpoint.keep, checkpoint.keep_every)
+
+    def forget_rewind(self) -> None:
         forget_rewind(self.recipe.folder)
+
+    def plot_loss(self) -> None:
         plot_loss(self.recipe.folder, self.recipe.name)
 
     def finish_save(self) -> None:
@@ -256,18 +268,16 @@ class Run:
         bad = BadStep(state.step, result.problem, repr(result.loss), repr(result.grad_norm),
                       state.samples - recipe.train.global_batch_size, state.samples - 1, place)
         self.streak.append(bad)
-        folder = incident_folder(recipe.folder, self.streak[0].step)
+        folder = incident_folder(recipe.folder, self.streak[0])
+        on_main(self.layout, lambda: write_incident(folder, self.streak))
         if self.layout.is_main:
-            write_incident(folder, self.streak)
             self.metrics.write({"kind": "bad_step", **vars(bad)})
             print(f"skipped | step {state.step:,} | {bad.reason} | samples {bad.first_sample} to {bad.last_sample} | "
                   f"first non-finite: {place or 'none'}", flush=True)
         if state.bad_steps <= recipe.guard.max_skips:
             return
         self.finish_save()
-        self.saver.begin(state, folder, self.about_run())  # the exact state these batches met
-        self.saving = True
-        self.finish_save()
+        self.keep_state(folder)
         if state.rewinds < recipe.guard.max_rewinds and self.rewind():
             return
         raise DivergedError(
@@ -276,23 +286,38 @@ class Run:
             f"{recipe.guard.max_rewinds}); the samples and the state are in {folder}, --replay {folder} runs them "
             "again; lower train.learning_rate, or widen guard.loss_mads and guard.grad_mads if the numbers are fine")
 
+    def keep_state(self, folder: Path) -> None:
+        """The exact state the bad batches met, for --replay; a disk that has no room for it does not end the run."""
+        try:
+            self.saver.begin(self.state, folder, self.about_run())
+            self.saving = True
+            self.finish_save()
+        except CheckpointError as error:
+            if self.layout.is_main:
+                print(f"not kept | {error}", flush=True)
+
     def rewind(self) -> bool:
-        """Back to the newest healthy checkpoint, and on with the samples after the bad ones; False if there is none."""
-        box = [None]
-        if self.layout.is_main:
-            box[0] = newest_usable(self.recipe.folder / "checkpoints", healthy=True)[0]
-        dist.broadcast_object_list(box, src=0)
-        if box[0] is None:
+        """Back to the newest healthy checkpoint, and on with the samples after the bad ones; False if there is none.
+
+        One gone back to already, with nothing healthy saved since, has not helped: then the one before it.
+        """
+        self.watchdog.mark(self.state.step, "rewinding", patient=True)  # checks whole files, which may take minutes
+        went, root = self.state, self.recipe.folder / "checkpoints"
+        before = self.rewound_to if self.saved_step == self.rewound_to else None
+        found, passed_over = on_main(self.layout, lambda: newest_usable(root, healthy=True, before=before))
+        if found is None:
             return False
-        before, went = load(self.engine, box[0]), self.state
-        self.state = replace(before, samples=went.samples, rewinds=went.rewinds + 1)
-        self.guard = NumberGuard(self.recipe.guard, before.guard)
-        self.loader, self.streak, self.saved_step = self.open_loader(), [], before.step
+        loaded = load(self.engine, found)
+        self.state = replace(loaded, samples=went.samples, rewinds=went.rewinds + 1)
+        self.guard = NumberGuard(self.recipe.guard, loaded.guard)
+        self.loader, self.streak = self.open_loader(), []
+        self.saved_step = self.rewound_to = loaded.step
+        on_main(self.layout, lambda: note_rewind(self.recipe.folder, self.state))
         if self.layout.is_main:
-            note_rewind(self.recipe.folder, self.state)
-            self.metrics.rewind(before.step)
-            print(f"rewound | from step {went.step:,} to {box[0].path} | going on with sample {went.samples}",
-                  flush=True)
+            self.metrics.rewind(loaded.step)
+            print(*[f"passed over | {problem}" for problem in passed_over],
+                  f"rewound | from step {went.step:,} to {found.path} | going on with sample {went.samples}",
+                  sep="\n", flush=True)
         return True
 
     @contextlib.contextmanager
@@ -308,9 +333,9 @@ class Run:
     def close(self) -> None:
         self.saver.writer.abandon(seconds=10)
         self.watchdog.stop()
-        self.signal.restore()
         if self.metrics:
             self.metrics.close()
+        self.signal.restore()
 
 
 class Clock:

@@ -43,7 +43,7 @@ class Checkpoint:
 
     @property
     def healthy(self) -> bool:
-        """False when it was saved amid steps whose numbers were bad."""
+        """False when it was saved amid steps whose numbers were bad, or holds a value that is not finite."""
         return self.manifest.get("healthy", True)
 
 
@@ -93,28 +93,35 @@ def _check_file(path: Path, name: str, about: dict[str, Any], verify: bool) -> N
     if Path(name).name != name:
         raise CheckpointError(f"{path / MANIFEST}: names {name!r}, outside its folder; the manifest was altered")
     file = path / name
-    if not file.is_file():
-        raise CheckpointError(f"{file}: missing; use another checkpoint")
-    size = file.stat().st_size
-    if size != about["bytes"]:
-        raise CheckpointError(f"{file}: damaged ({size} bytes, {about['bytes']} written); use another checkpoint")
-    if verify and (found := file_digest(file)) != about["sha256"]:
-        raise CheckpointError(f"{file}: damaged (sha256 {found[:12]}, {about['sha256'][:12]} written); "
-                              "use another checkpoint")
+    try:
+        size = file.stat().st_size
+        if size != about["bytes"]:
+            raise CheckpointError(f"{file}: damaged ({size} bytes, {about['bytes']} written); use another checkpoint")
+        if verify and (found := file_digest(file)) != about["sha256"]:
+            raise CheckpointError(f"{file}: damaged (sha256 {found[:12]}, {about['sha256'][:12]} written); "
+                                  "use another checkpoint")
+    except FileNotFoundError:
+        raise CheckpointError(f"{file}: missing; use another checkpoint") from None
+    except OSError as error:
+        raise CheckpointError(f"{file}: cannot be read ({error}); use another checkpoint") from None
 
 
-def newest_usable(root: Path, *, healthy: bool = False) -> tuple[Checkpoint | None, list[str]]:
-    """The newest checkpoint that verifies (and, if asked, is healthy), and what was wrong with each newer one."""
+def newest_usable(root: Path, *, healthy: bool = False,
+                  before: int | None = None) -> tuple[Checkpoint | None, list[str]]:
+    """The newest checkpoint that verifies (if asked: that is healthy, of a step below `before`), and what was wrong
+    with each newer one."""
     passed_over = []
-    for _, path in list_steps(root):
+    for step, path in list_steps(root):
+        if before is not None and step >= before:
+            continue
         try:
-            found = open_checkpoint(path)
+            # hashing may take minutes: not for one that is not wanted
+            if healthy and not open_checkpoint(path, verify=False).healthy:
+                passed_over.append(f"{path}: saved amid bad steps")
+                continue
+            return open_checkpoint(path), passed_over
         except CheckpointError as error:
             passed_over.append(str(error))
-            continue
-        if found.healthy or not healthy:
-            return found, passed_over
-        passed_over.append(f"{path}: saved amid bad steps")
     return None, passed_over
 
 
@@ -192,21 +199,22 @@ def retire(root: Path, keep: int, keep_every: int | None) -> list[Path]:
     """
     gone, healthy = [], 0
     for step, path in list_steps(root):
-        is_healthy = _says_healthy(path)
-        if is_healthy is None:
-            continue
         if healthy >= keep and (keep_every is None or step % keep_every):
-            # the manifest first: a half-removed folder must not look whole
-            (path / MANIFEST).unlink()
-            shutil.rmtree(path)
+            remove(path)
             gone.append(path)
-        healthy += is_healthy
+        healthy += _says_healthy(path)
     return gone
 
 
-def _says_healthy(path: Path) -> bool | None:
-    """What a manifest says of itself; None where there is none to read."""
+def remove(path: Path) -> None:
+    """Remove a checkpoint, the manifest first: a half-removed folder must not look whole."""
+    (path / MANIFEST).unlink(missing_ok=True)
+    shutil.rmtree(path)
+
+
+def _says_healthy(path: Path) -> bool:
+    """What a manifest says of itself; False where there is none to read."""
     try:
         return bool(json.loads((path / MANIFEST).read_text(encoding="utf-8")).get("healthy", True))
     except (OSError, ValueError, AttributeError):
-        return None
+        return False

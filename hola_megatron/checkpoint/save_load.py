@@ -12,7 +12,7 @@ and leaves the writing to `writer.BackgroundWriter`.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ from hola_megatron.checkpoint.writer import BackgroundWriter, Held, refusal
 from hola_megatron.engine.megatron import MegatronEngine
 from hola_megatron.errors import CheckpointError
 from hola_megatron.model.parameters import Piece
+from hola_megatron.parallel.groups import on_main
 
 KINDS = ("weight", "exp_avg", "exp_avg_sq")
 
@@ -51,23 +52,20 @@ class Saver:
         self._buffers: dict[tuple[str, str], Tensor] = {}
 
     def begin(self, state: TrainerState, root: Path, extra: dict[str, Any],
-              afterwards: Callable[[], None] = lambda: None) -> None:
+              afterwards: Sequence[Callable[[], object]] = ()) -> None:
         """Copy this rank's share and start writing it under `root`; every rank calls it.
 
         `extra` (plain values) goes into the manifest; rank 0 calls `afterwards` when the checkpoint is whole.
         Raises CheckpointError, on every rank, when the folder cannot be made.
         """
-        box: list[Any] = [None]
-        if self.engine.layout.is_main:
-            try:
-                box[0] = str(start_writing(root, state.step))
-            except OSError as error:
-                box[0] = error
-        dist.broadcast_object_list(box, src=0)
-        if isinstance(box[0], OSError):
-            raise refusal(root, box[0])
+        try:
+            folder = on_main(self.engine.layout, lambda: start_writing(root, state.step))
+        except OSError as error:
+            raise refusal(root, error) from None
         held = self._copy()
-        self.writer.start(held, Path(box[0]), {**_manifest(self.engine, state), **extra}, afterwards)
+        if not self.engine.recipe.checkpoint.background:
+            self._buffers = {}
+        self.writer.start(held, folder, {**_manifest(self.engine, state), **extra}, afterwards)
 
     @torch.no_grad()
     def _copy(self) -> Held:
@@ -77,6 +75,7 @@ class Saver:
         names = {"weight": f"weights-{rank:05d}.safetensors", "optimizer": f"optimizer-{rank:05d}.safetensors"}
         files: dict[str, dict[str, Tensor]] = {name: {} for name in names.values()}
         index: dict[str, Any] = {kind: {} for kind in KINDS}
+        finite = torch.ones((), dtype=torch.bool, device=engine.layout.device)
         for number, (parameter, its_pieces) in enumerate(_by_parameter(engine.parameter_pieces())):
             # the writer of a parameter rotates over data ranks, so all of them write their share
             gathered = engine.state.gather(parameter, number % engine.state.ranks)
@@ -86,20 +85,19 @@ class Saver:
                 for kind in KINDS:
                     file = names["weight" if kind == "weight" else "optimizer"]
                     key = piece.name if kind == "weight" else f"{kind}.{piece.name}"
-                    files[file][key] = self._to_host(file, key, piece.of(gathered[kind]))
+                    value = piece.of(gathered[kind])
+                    finite &= value.isfinite().all()
+                    files[file][key] = self._to_host(file, key, value)
                     length = piece.local_shape[piece.axis]
                     shard = shard_entry(file, key, piece.axis, piece.offset, length)
                     index[kind][piece.name] = {"shape": list(piece.shape), "shards": [shard]}
-        if engine.layout.device.type == "cuda":
-            torch.cuda.current_stream().synchronize()
-        return Held(files, index)
+        return Held(files, index, bool(finite))
 
     def _to_host(self, file: str, key: str, value: Tensor) -> Tensor:
         buffer = self._buffers.get((file, key))
         if buffer is None:
-            pinned = value.device.type == "cuda"
-            buffer = self._buffers[file, key] = torch.empty(value.shape, dtype=value.dtype, pin_memory=pinned)
-        return buffer.copy_(value, non_blocking=True)
+            buffer = self._buffers[file, key] = torch.empty(value.shape, dtype=value.dtype)
+        return buffer.copy_(value)
 
 
 def load(engine: MegatronEngine, checkpoint: Checkpoint) -> TrainerState:

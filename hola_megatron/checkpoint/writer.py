@@ -10,9 +10,10 @@ Writing, syncing and hashing all release Python's interpreter lock.
 from __future__ import annotations
 
 import json
+import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,7 @@ class Held:
 
     files: dict[str, dict[str, Tensor]]
     index: dict[str, Any]
+    finite: bool = True
 
     @property
     def nbytes(self) -> int:
@@ -46,7 +48,8 @@ def write_rank(held: Held, rank: int, folder: Path) -> None:
             save_file(tensors, folder / name)
             sync_file(folder / name)
             files[name] = {"bytes": (folder / name).stat().st_size, "sha256": file_digest(folder / name)}
-    write_durably(folder / f"rank-{rank:05d}.json", json.dumps({"files": files, "index": held.index}).encode())
+    write_durably(folder / f"rank-{rank:05d}.json",
+                  json.dumps({"files": files, "index": held.index, "finite": held.finite}).encode())
 
 
 def put_together(folder: Path, ranks: int, manifest: dict[str, Any], keep_waiting: Callable[[], bool]) -> Path | None:
@@ -63,7 +66,8 @@ def put_together(folder: Path, ranks: int, manifest: dict[str, Any], keep_waitin
             time.sleep(POLL_SECONDS)
     for name in names:
         name.unlink()
-    return finish_writing(folder, {**manifest, **merge([reports[name] for name in names])})
+    healthy = manifest.get("healthy", True) and all(report["finite"] for report in reports.values())
+    return finish_writing(folder, {**manifest, **merge([reports[name] for name in names]), "healthy": healthy})
 
 
 def merge(reports: list[dict[str, Any]]) -> dict[str, Any]:
@@ -91,6 +95,15 @@ def refusal(root: Path, why: object) -> CheckpointError:
                            "free the disk or mend the folder and start the run again")
 
 
+def _clear_up(actions: Sequence[Callable[[], object]]) -> None:
+    """The checkpoint is whole; what fails now is told and costs nothing else."""
+    for action in actions:
+        try:
+            action()
+        except Exception as error:
+            print(f"after saving | {action.__name__}: {error}", file=sys.stderr, flush=True)
+
+
 class BackgroundWriter:
     """One checkpoint at a time, on one rank. After `start`, look at `busy`; `take_result` once it is false."""
 
@@ -110,8 +123,8 @@ class BackgroundWriter:
         return self._error is not None
 
     def start(self, held: Held, folder: Path, manifest: dict[str, Any],
-              afterwards: Callable[[], None] = lambda: None) -> None:
-        """Begin writing `held` to `folder`; rank 0 also finishes it and then calls `afterwards`."""
+              afterwards: Sequence[Callable[[], object]] = ()) -> None:
+        """Begin writing `held` to `folder`; rank 0 also finishes it and then calls each of `afterwards`."""
         assert not self.busy, "one checkpoint at a time"
         self._path = self._error = None
 
@@ -120,7 +133,7 @@ class BackgroundWriter:
                 write_rank(held, self.rank, folder)
                 if self.rank == 0:
                     self._path = put_together(folder, self.ranks, manifest, lambda: not self._give_up.is_set())
-                    afterwards()
+                    _clear_up(afterwards if self._path else ())
             except Exception as error:  # a thread must not die unseen (safetensors has its own kind for a full disk)
                 self._error = refusal(folder.parent, error)
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -141,8 +141,14 @@ class MegatronEngine:
         """(summed loss, tokens) over this step's batches of all ranks."""
         for chunk in self.model:
             chunk.eval()
-        total, tokens = self._run(batches, forward_only=True)
+        total, tokens = self._run(self._whole_rounds(batches), forward_only=True)
         return total, int(tokens)
+
+    def _whole_rounds(self, batches: list[Batch]) -> list[Batch]:
+        """The interleaved schedule takes multiples of the pipeline's length: fill up with batches that do not count."""
+        missing = -len(batches) % self.layout.pipeline if len(self.model) > 1 else 0
+        idle = replace(batches[-1], loss_mask=torch.zeros_like(batches[-1].loss_mask))
+        return [*batches, *[idle] * missing]
 
     @torch.no_grad()
     def next_logits(self, tokens: Tensor) -> Tensor:
@@ -159,8 +165,9 @@ class MegatronEngine:
         def forward(_: Any, model: torch.nn.Module) -> tuple[Tensor, Any]:
             return model(part, None, None), lambda output, non_loss_data=False: output[0, last].float()
 
+        count = self.layout.pipeline if len(self.model) > 1 else 1
         found = get_forward_backward_func()(
-            forward_step_func=forward, data_iterator=[None] * len(self.model), model=self.model, num_microbatches=1,
+            forward_step_func=forward, data_iterator=[None] * len(self.model), model=self.model, num_microbatches=count,
             seq_length=row.shape[1], micro_batch_size=1, forward_only=True, collect_non_loss_data=True)
         return self._whole_vocabulary(found[0] if found else None, holder)
 

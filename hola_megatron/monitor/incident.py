@@ -1,6 +1,6 @@
 """What is kept of steps with bad numbers, so that they can be understood and run again.
 
-    runs/NAME/incidents/step_NNNNNNNN/     the first bad step of a streak
+    runs/NAME/incidents/step_NNNNNNNN_sample_M/     the first bad step of a streak, and its first sample
         incident.json                      each bad step: why, loss, gradient norm, samples, first non-finite place
         step_MMMMMMMM/                     the exact state before it, when the streak ended in a rewind or a stop
 """
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from hola_megatron.checkpoint.folder import folder_name
 from hola_megatron.data.stream import Batch
 from hola_megatron.engine.megatron import MegatronEngine
-from hola_megatron.errors import RecipeError
+from hola_megatron.errors import RecipeError, RunFolderError
 from hola_megatron.model.parameters import place_name
 
 FILE = "incident.json"
@@ -39,13 +39,19 @@ class BadStep:
     first_nonfinite: str | None
 
 
-def incident_folder(run: Path, first_step: int) -> Path:
-    return run / "incidents" / folder_name(first_step)
+def incident_folder(run: Path, first: BadStep) -> Path:
+    """Named by the samples too: after a rewind the same step comes again with others."""
+    return run / "incidents" / f"{folder_name(first.step)}_sample_{first.first_sample}"
 
 
 def write_incident(folder: Path, steps: list[BadStep]) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / FILE).write_text(json.dumps([asdict(step) for step in steps], indent=1))
+    """RunFolderError when the disk refuses."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / FILE).write_text(json.dumps([asdict(step) for step in steps], indent=1))
+    except OSError as error:
+        raise RunFolderError(f"{folder / FILE}: cannot be written ({error}); checkpoints are untouched, free the disk "
+                             "or mend the folder and start the run again") from None
 
 
 def read_incident(folder: Path) -> list[BadStep]:

@@ -12,6 +12,7 @@ import contextlib
 import datetime
 import faulthandler
 import json
+import math
 import os
 import socket
 import sys
@@ -27,7 +28,12 @@ from hola_megatron.errors import EXIT_LOST, LostError
 from hola_megatron.parallel.groups import Layout
 
 STORE_TIMEOUT = datetime.timedelta(seconds=10)
-COLLECTIVES = "distributed_c10d.py"  # torch's file in which a rank waits for its peers
+STORE_GONE = "the job's store cannot be reached: the machine of rank 0 or its launcher died"
+# where a rank's main thread stands while it waits for its peers: torch's and Megatron's files of collectives,
+# and the functions of ours that read a result of one back from the device
+WAITING_FILES = ("distributed_c10d.py", "p2p_communication.py")
+WAITING = {("megatron.py", "_sum_over_ranks"), ("megatron.py", "_all_agree"), ("groups.py", "agree"),
+           ("groups.py", "on_main"), ("clip_grads.py", "get_grad_norm_fp32")}
 GO_ON = "start the same command again to go on from the newest checkpoint"
 
 
@@ -46,9 +52,12 @@ class Watchdog:
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
         self._thread.start()
 
-    def mark(self, step: int, phase: str) -> None:
-        """The main thread is alive and begins `phase` ("step", "valid", "save", ...) after `step` finished steps."""
-        self._mark = (step, phase, time.monotonic())
+    def mark(self, step: int, phase: str, *, patient: bool = False) -> None:
+        """The main thread is alive and begins `phase` ("step", "valid", "save", ...) after `step` finished steps.
+
+        patient: a phase that may take longer than the limit; only `parallel.timeout_minutes` ends it.
+        """
+        self._mark = (step, phase, math.inf if patient else time.monotonic())
 
     def stop(self) -> None:
         self._stop.set()
@@ -58,7 +67,10 @@ class Watchdog:
         """Called when a collective raised: an error naming the ranks no longer heard of, if there are any."""
         if self._store is None:
             return None
-        silent = self._silent(self._compare())
+        seen = self._compare()
+        if self._store_is_gone(seen):
+            return LostError(f"{self.folder}: {STORE_GONE} after step {self._mark[0]:,}; {GO_ON}")
+        silent = self._silent(seen)
         if not silent:
             return None
         step = self._mark[0]
@@ -75,19 +87,26 @@ class Watchdog:
     def _beat(self) -> None:
         self._count += 1
         step, phase, _ = self._mark
-        said = {"count": self._count, "step": step, "phase": phase, "where": self._where(),
+        where, waits = self._where()
+        said = {"count": self._count, "step": step, "phase": phase, "where": where, "waits": waits,
                 "host": socket.gethostname()}
         self._last = said
         if self._store is not None:
             with contextlib.suppress(RuntimeError):  # the store's machine is gone; the collectives will notice too
                 self._store.set(_key(self.rank), json.dumps(said))
 
-    def _where(self) -> str:
+    def _where(self) -> tuple[str, bool]:
+        """The main thread's place, and whether that is a place where it waits for other ranks."""
         frame = sys._current_frames().get(self._main)
         if frame is None:
-            return "nowhere"
-        code = frame.f_code
-        return f"{code.co_name} ({Path(code.co_filename).name}:{frame.f_lineno})"
+            return "nowhere", False
+        place = f"{frame.f_code.co_name} ({Path(frame.f_code.co_filename).name}:{frame.f_lineno})"
+        waits = False
+        while frame is not None and not waits:
+            waits = (Path(frame.f_code.co_filename).name, frame.f_code.co_name) in WAITING \
+                or Path(frame.f_code.co_filename).name in WAITING_FILES
+            frame = frame.f_back
+        return place, waits
 
     def _compare(self) -> dict[int, tuple[dict[str, Any] | None, bool]]:
         """{rank: (what it said last, whether it is still alive)}, from two looks two intervals apart."""
@@ -110,6 +129,10 @@ class Watchdog:
                 found[rank] = None
         return found
 
+    def _store_is_gone(self, seen: dict[int, tuple[dict[str, Any] | None, bool]]) -> bool:
+        """Not even one's own word can be read."""
+        return seen[self.rank][0] is None
+
     @staticmethod
     def _silent(seen: dict[int, tuple[dict[str, Any] | None, bool]]) -> list[int]:
         return [rank for rank, (_, alive) in seen.items() if not alive]
@@ -120,8 +143,9 @@ class Watchdog:
         self._dump_stacks()
         alive = [rank for rank, (_, is_alive) in seen.items() if is_alive]
         if self.rank == min(alive, default=self.rank):
+            why = STORE_GONE if self._store is not None and self._store_is_gone(seen) else blame(seen)
             text = f"{self.folder}: no progress for {self.limit:.0f} s after step {self._mark[0]:,}: " \
-                   f"{blame(seen)}; stacks are in {self.folder / 'hang'}; {GO_ON}"
+                   f"{why}; stacks are in {self.folder / 'hang'}; {GO_ON}"
             print(f"LostError: {text}", file=sys.stderr, flush=True)
         else:
             time.sleep(2 * self.interval)  # the launcher ends everyone when one leaves: let the speaker speak
@@ -143,17 +167,21 @@ def blame(seen: dict[int, tuple[dict[str, Any] | None, bool]]) -> str:
     groups: dict[tuple[Any, ...], list[int]] = defaultdict(list)
     for rank, (said, alive) in seen.items():
         if alive:
-            groups[said["step"], said["phase"], said["where"]].append(rank)
-    # (steps, whether it waits for others, how many ranks): the culprit is first
-    ordered = sorted(groups.items(), key=lambda item: (item[0][0], COLLECTIVES in item[0][2], len(item[1])))
+            groups[said["step"], said["waits"], said["phase"], said["where"]].append(rank)
+    # (steps, whether it waits for others, how many ranks): the culprit is first, if there is one
+    ordered = sorted(groups.items(), key=lambda item: (*item[0][:2], len(item[1])))
+    suspicion = [(*key[:2], len(ranks)) for key, ranks in ordered]
+    told = not silent and len(ordered) > 1 and suspicion[0] != suspicion[1]
     parts = []
     if silent:
         hosts = sorted({said["host"] for said, alive in seen.values() if said and not alive})
         parts.append(f"{_ranks(silent)} no longer answers" + (f" (on {', '.join(hosts)})" if hosts else ""))
-    for number, ((step, phase, where), ranks) in enumerate(ordered):
-        verb = "hangs" if number == 0 and not silent and len(ordered) > 1 else "waits"
+    for number, ((step, _, phase, where), ranks) in enumerate(ordered):
+        verb = "hangs" if number == 0 and told else "waits"
         host = f" on {seen[ranks[0]][0]['host']}" if verb == "hangs" and len(ranks) == 1 else ""
         parts.append(f"{_ranks(ranks)}{host} {verb} in {where}, {phase}, after step {step:,}")
+    if not silent and not told and len(seen) > 1:
+        parts.append("which of them hangs cannot be told")
     return "; ".join(parts)
 
 

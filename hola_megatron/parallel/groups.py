@@ -5,7 +5,9 @@ from __future__ import annotations
 import datetime
 import logging
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -81,6 +83,20 @@ def agree(layout: Layout, *numbers: int) -> list[int]:
     together = torch.tensor([int(number) for number in numbers], device=layout.device)
     dist.all_reduce(together, op=dist.ReduceOp.MAX)
     return together.tolist()
+
+
+def on_main(layout: Layout, action: Callable[[], Any]) -> Any:
+    """The result of `action` on rank 0, on all ranks; or what it raised there, raised by all. A collective."""
+    box: list[Any] = [None, None]
+    if layout.is_main:
+        try:
+            box[0] = action()
+        except Exception as error:
+            box[1] = error
+    dist.broadcast_object_list(box, src=0)
+    if box[1] is not None:
+        raise box[1]
+    return box[0]
 
 
 def stop() -> None:

@@ -35,6 +35,18 @@ def test_a_rank_that_died_while_another_waits_leaves_no_checkpoint(tmp_path):
     assert not writer.busy and newest_usable(tmp_path)[0].step == 1
 
 
+def test_what_fails_after_saving_does_not_deny_the_checkpoint(tmp_path, capsys):
+    def plot_loss() -> None:
+        raise OSError("no room for a picture")
+
+    writer, done = BackgroundWriter(0, 1), []
+    writer.start(held(1, 0), start_writing(tmp_path, 1), {"format": FORMAT, "step": 1},
+                 (plot_loss, lambda: done.append(1)))
+    writer.wait(30)
+    assert not writer.failed and writer.take_result().name == "step_00000001" and done == [1]
+    assert "after saving | plot_loss: no room" in capsys.readouterr().err
+
+
 def test_a_full_disk_is_named_and_nothing_is_lost(tmp_path):
     write(tmp_path, 1)
     folder = start_writing(tmp_path, 2)

@@ -61,6 +61,18 @@ def assert_same_run(run: Path, alone: Path, steps: int) -> None:
     assert start < 1e-4
 
 
+def test_an_interleaved_pipeline_validates_and_writes_text(tmp_path, text_data):
+    losses, texts = [], []
+    for ranks, parallel in ((1, {}), (2, {"pipeline": 2, "virtual_pipeline": 2})):
+        folder = tmp_path / str(ranks)
+        folder.mkdir()
+        run = train(folder, text_data, ranks, parallel, train__steps=2, data__valid=str(text_data / "valid"),
+                    valid={"every": 2, "samples": 6}, log__sample_every=2, log__sample_tokens=4)
+        losses.append(metric_rows(run, "valid")[0]["loss"])
+        texts.append(metric_rows(run, "sample")[0]["text"])
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5) and texts[0] == texts[1]
+
+
 def test_bf16_trains_at_every_kind_of_layer(tmp_path, text_data):
     run = train(tmp_path, text_data, 2, {"tensor": 2, "sequence": True}, train__precision="bf16",
                 train__recompute="full", train__steps=8)

@@ -1,6 +1,7 @@
 """The training program with one fault built in, for tests: python tests/train/faults.py FAULT RECIPE ...
 
-FAULT is kind@step[@rank]: nan_loss, nan_gradient, nan_weight, noise (random tokens), hang, die, crash.
+FAULT is kind@step[@rank]: nan_loss, nan_gradient, nan_weight, nan_after (a weight, once updated),
+noise (random tokens), hang, die, stopped, slow.
 `install` does the same inside a test's own process.
 """
 
@@ -41,6 +42,9 @@ class Fault:
         result = original_step(engine, batches, *args)
         if hook:
             hook.remove()
+        if self.now and self.kind == "nan_after":
+            with torch.no_grad():
+                _weight(engine)[0, 0] = torch.nan
         return result
 
     def spoil(self, gradient: torch.Tensor) -> torch.Tensor:

@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 from helpers import run_program, write_recipe
 
+from hola_megatron.monitor.watchdog import blame
+
 pytestmark = pytest.mark.distributed
 
 HANG_SECONDS = 5
@@ -36,6 +38,24 @@ def test_a_lost_rank_is_named_and_ends_the_run(fault, said, text_data, tmp_path)
     assert (tmp_path / "run/checkpoints/step_00000002/manifest.json").exists()
     if not fault.startswith("die"):
         assert "all_reduce" in (tmp_path / "run/hang/rank-00000.txt").read_text()
+
+
+def said(step: int, waits: bool, where: str, host: str = "a") -> dict:
+    return {"step": step, "waits": waits, "phase": "step", "where": where, "host": host}
+
+
+@pytest.mark.parametrize(("seen", "wanted"), [
+    # the host of a GPU waits where results are read back, not in torch's collectives
+    ({0: (said(7, True, "_sum_over_ranks"), True), 1: (said(7, False, "record (shards.py:9)", "b"), True)},
+     "rank 1 on b hangs in record (shards.py:9), step, after step 7; rank 0 waits"),
+    ({0: (said(7, False, "x"), True), 1: (said(6, True, "y"), True), 2: (said(7, False, "x"), True)},
+     "rank 1 on a hangs in y"),
+    ({0: (said(7, True, "x"), True), 1: (said(7, True, "y"), True)}, "which of them hangs cannot be told"),
+    ({0: (said(7, True, "x"), True), 1: (said(7, True, "x", "b"), False), 2: (None, False)},
+     "ranks 1, 2 no longer answers (on b); rank 0 waits")])
+def test_who_is_blamed(seen, wanted):
+    text = blame(seen)
+    assert wanted in text and ("cannot be told" in wanted or "cannot be told" not in text), text
 
 
 def test_a_slow_rank_is_named(text_data, tmp_path):

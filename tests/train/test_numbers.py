@@ -23,10 +23,10 @@ GUARD = {"warmup": 8, "window": 16}
 @pytest.fixture
 def run(text_data, tmp_path, monkeypatch):
     """run(fault, guard options, steps) trains in this process, and gives the run folder."""
-    def train_with(fault: Fault | None, steps: int = 6, every: int = 1, **guard) -> Path:
+    def train_with(fault: Fault | None, steps: int = 6, every: int = 1, checkpoint__keep: int = 20, **guard) -> Path:
         path = write_recipe(tmp_path / "recipe.yaml", text_data / "train", run_dir=str(tmp_path / "run"),
                             train__steps=steps, guard={**GUARD, **guard}, log__tensorboard=True,
-                            checkpoint={"every": every, "keep": 20, "background": False})
+                            checkpoint={"every": every, "keep": checkpoint__keep, "background": False})
         with monkeypatch.context() as patch:
             if fault:
                 install(fault, patch.setattr)
@@ -37,7 +37,8 @@ def run(text_data, tmp_path, monkeypatch):
 
 
 def incidents(folder: Path) -> dict[str, list[dict]]:
-    return {path.name: json.loads((path / "incident.json").read_text()) for path in (folder / "incidents").iterdir()}
+    return {path.name.split("_sample_")[0]: json.loads((path / "incident.json").read_text())
+            for path in (folder / "incidents").iterdir()}
 
 
 @pytest.mark.parametrize(("kind", "reason", "place"), [
@@ -94,6 +95,39 @@ def test_a_run_killed_after_a_rewind_does_not_go_back_to_the_bad_samples(run, mo
     assert checkpoint_rewinds(folder) == 1
 
 
+def test_what_a_rewind_undid_is_not_gone_on_from(run, monkeypatch, capsys):
+    """Killed after a rewind past a checkpoint that was saved amid bad steps."""
+    from hola_megatron.trainer import Run
+    original = Run.step
+
+    def die(self) -> None:
+        original(self)
+        if self.state.rewinds:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Run, "step", die)
+        with pytest.raises(KeyboardInterrupt):  # bad are 3, 4 (saved) and 5; it goes back to 2
+            run(Fault("nan_gradient", lambda n: n in (3, 4, 5)), steps=6, every=2, max_skips=2)
+    assert "resuming at step 2" in after(run, capsys)
+    assert metric_rows(run.recipe().folder)[-1]["samples"] == 8 * 9
+
+
+def after(run, capsys) -> str:
+    capsys.readouterr()
+    run(None, steps=6, every=2, max_skips=2)
+    return capsys.readouterr().out
+
+
+def test_a_checkpoint_that_holds_a_nan_is_not_healthy_and_pushes_none_out(run, capsys):
+    """The weight goes bad after step 4's update, before any number shows it; only one checkpoint is kept."""
+    folder = run(Fault("nan_after", lambda n: n == 4), steps=8, every=2, max_skips=1, checkpoint__keep=1)
+    said = capsys.readouterr().out
+    assert "rewound | from step 6 to" in said and "step_00000002 | going on" in said
+    assert all(math.isfinite(row["loss"]) for row in metric_rows(folder))
+    assert json.loads((folder / "checkpoints/step_00000008/manifest.json").read_text())["healthy"]
+
+
 def checkpoint_rewinds(folder: Path) -> int:
     return json.loads((folder / "checkpoints/step_00000006/manifest.json").read_text())["trainer"]["rewinds"]
 
@@ -103,9 +137,11 @@ def test_numbers_that_stay_bad_stop_the_run_and_can_be_run_again(run, capsys):
         run(Fault("nan_gradient", lambda n: n >= 4), steps=20, every=3, max_skips=1, max_rewinds=1)
     assert stopped.value.exit_code == 4
     folder = run.recipe().folder
-    assert sorted(incidents(folder)) == ["step_00000004"]  # after the rewind it is step 4 that is bad again
+    # after the rewind step 4 comes again, with other samples, and is bad again: both streaks are kept
+    assert sorted(p.name for p in (folder / "incidents").iterdir()) == [
+        f"step_00000004_sample_{sample}" for sample in (24, 40)]
     capsys.readouterr()
-    replay(run.recipe(), folder / "incidents/step_00000004")
+    replay(run.recipe(), folder / "incidents/step_00000004_sample_40")
     assert "first non-finite: none" in capsys.readouterr().out  # the fault was not in weights or data
 
 
@@ -119,11 +155,11 @@ def test_noise_in_the_data_is_a_spike_and_replays_to_the_same_bits(run, capsys, 
     capsys.readouterr()
     with monkeypatch.context() as patch:
         install(Fault("noise", lambda n: True), patch.setattr)
-        replay(run.recipe(), folder / "incidents/step_00000020")
+        replay(run.recipe(), folder / "incidents/step_00000020_sample_152")
     said = capsys.readouterr().out
     assert f"recorded loss {bad['loss']} gnorm {bad['grad_norm']} | now loss {bad['loss']} gnorm {bad['grad_norm']}" \
         in said
-    replay(run.recipe(), folder / "incidents/step_00000020")  # the same batch without the noise is another
+    replay(run.recipe(), folder / "incidents/step_00000020_sample_152")  # the same batch without the noise is another
     assert f"now loss {bad['loss']}" not in capsys.readouterr().out
 
 
