@@ -85,4 +85,5 @@ def test_links_to_files_exist():
     for document in [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")]:
         pattern = r"`((?:hola_megatron|kernels|tests|tools|docs|recipes|slurm)/[\w./-]+)`"
         for name in re.findall(pattern, document.read_text()):
-            assert list(ROOT.glob(name)) or "*" in name, f"{document.name} names {name}"
+            # slurm/site.sh is the user's own copy of slurm/site.example.sh
+            assert list(ROOT.glob(name)) or "*" in name or name == "slurm/site.sh", f"{document.name} names {name}"

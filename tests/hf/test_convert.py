@@ -12,7 +12,7 @@ from helpers import ROOT, checkpoint_tensors, metric_rows, run_program, run_tool
 from safetensors.torch import load_file, save_file
 from tiny import export, recipe, tokens
 
-from hola_megatron.checkpoint.folder import MANIFEST, file_digest, find_checkpoint
+from hola_megatron.checkpoint.folder import file_digest, find_checkpoint, finish_writing, start_writing
 from hola_megatron.config import Recipe, build_recipe, load_recipe
 from hola_megatron.errors import CheckpointError, DataError, RecipeError
 from hola_megatron.hf.auto import load_model
@@ -85,8 +85,7 @@ def test_shards_of_any_cut_are_put_together(run, exported, tmp_path):
 def cut_in_two(run: Path, target: Path) -> None:
     """Copy a checkpoint with every tensor cut in the middle, along columns where there are some."""
     source = find_checkpoint(run)
-    folder = target / "checkpoints" / source.path.name
-    folder.mkdir(parents=True)
+    folder = start_writing(target / "checkpoints", source.step)
     halves: list[dict[str, torch.Tensor]] = [{}, {}]
     manifest = json.loads(json.dumps(source.manifest))
     for name, tensor in checkpoint_tensors(source.path).items():
@@ -98,12 +97,12 @@ def cut_in_two(run: Path, target: Path) -> None:
         manifest["tensors"]["weight"][name]["shards"] = [
             {"file": f"half{n}.safetensors", "key": name, "axis": axis, "offset": n * middle, "rows": part.shape[axis]}
             for n, part in enumerate(parts)]
-    manifest["files"] = {}
+    manifest["files"], manifest["tensors"] = {}, {"weight": manifest["tensors"]["weight"]}
     for n, half in enumerate(halves):
         file = folder / f"half{n}.safetensors"
         save_file(half, file)
         manifest["files"][file.name] = {"bytes": file.stat().st_size, "sha256": file_digest(file)}
-    (folder / MANIFEST).write_text(json.dumps(manifest))
+    finish_writing(folder, manifest)
 
 
 def test_bf16_export_is_compared_with_rounded_weights(run, tmp_path):

@@ -37,7 +37,7 @@ def test_a_lost_rank_is_named_and_ends_the_run(fault, said, text_data, tmp_path)
     assert seconds < STATED_SECONDS
     assert (tmp_path / "run/checkpoints/step_00000002/manifest.json").exists()
     if not fault.startswith("die"):
-        assert "all_reduce" in (tmp_path / "run/hang/rank-00000.txt").read_text()
+        assert "train_step" in (tmp_path / "run/hang/rank-00000.txt").read_text()
 
 
 def said(step: int, waits: bool, where: str, host: str = "a") -> dict:
