@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
 
 from hola_megatron.config import build_recipe, check_recipe, describe_fields, load_recipe
 from hola_megatron.errors import RecipeError
+from hola_megatron.plan.parameters import parameters_by_part
 
 RECIPES = sorted((Path(__file__).parent.parent.parent / "recipes").glob("*.yaml"))
 TINY = RECIPES[0].parent / "hola_tiny.yaml"
@@ -25,6 +27,53 @@ def test_shipped_recipes_load_and_are_named_after_their_file(path):
     recipe = load_recipe(path)
     assert recipe.name == path.stem
     assert check_recipe(recipe, world_size=8) == [] or recipe.name == "hola_tiny"
+
+
+# total, and what is neither embedding nor untied output: whole, so that any change of a shape shows
+PARAMETERS = {
+    "hola_tiny": (1_322_944, 1_280_704),
+    "hola_46m": (60_564_672, 44_180_672),
+    "hola_170m": (199_772_352, 167_004_352),
+    "hola_340m": (366_775_680, 334_007_680),
+    "hola_1b": (1_400_820_480, 1_335_284_480),
+    "hola_1b_hybrid": (1_375_305_792, 1_309_769_792),
+    "hola_3b": (3_143_833_728, 2_947_225_728),
+    "hola_7b": (7_281_080_320, 7_018_936_320),
+    "hola_13b": (14_075_123_840, 13_747_443_840),
+    "transformer_340m": (341_099_520, 308_331_520),
+}
+
+
+@pytest.mark.parametrize("name", PARAMETERS)
+def test_parameters_of_shipped_recipes(name):
+    counts = parameters_by_part(load_recipe(TINY.parent / f"{name}.yaml").model)
+    assert (counts["total"], counts["total"] - counts["embedding"] - counts["output"]) == PARAMETERS[name]
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda p: p.stem)
+def test_sizes_in_a_recipes_comment_are_true(path):
+    """"14.08B parameters (13.75B without embeddings)" where a recipe says so, to the digits it gives."""
+    said = re.search(r"([\d.]+)([MB]) parameters\b.*?([\d.]+)([MB]) without embedding",
+                     " ".join(path.read_text().split("\nname:")[0].replace("#", " ").split()))
+    if said is None:
+        assert path.stem.startswith(("gdn", "transformer")) or path.stem == "hola_tiny"
+        return
+    counts = parameters_by_part(load_recipe(path).model)
+    found = counts["total"], counts["total"] - counts["embedding"] - counts["output"]
+    for number, (digits, unit) in zip(found, (said.group(1, 2), said.group(3, 4)), strict=True):
+        places = len(digits.partition(".")[2])
+        assert f"{number / {'M': 1e6, 'B': 1e9}[unit]:.{places}f}" == digits
+
+
+@pytest.mark.parametrize("name", ["hola_13b", "hola_1b_hybrid"])
+@pytest.mark.parametrize("world", [8, 64])
+def test_large_recipes_divide_over_the_usual_machines(name, world):
+    assert check_recipe(load_recipe(TINY.parent / f"{name}.yaml"), world_size=world) == []
+
+
+def test_the_hybrid_has_one_layer_of_attention_in_four():
+    kinds = load_recipe(TINY.parent / "hola_1b_hybrid.yaml").model.layer_kinds
+    assert len(kinds) == 24 and all(kinds[i] == ("A" if i % 4 == 3 else "H") for i in range(24))
 
 
 def test_every_field_is_described():

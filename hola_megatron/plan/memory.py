@@ -1,0 +1,152 @@
+"""The peak of a rank, by part, at the moment of a step when it is highest.
+
+    loss        all layers' saved tensors, and the logits twice (the loss keeps a copy until the first is freed)
+    backward    all layers' saved tensors, and the working memory of one layer's backward pass
+    update      nothing saved; the optimizer's temporaries (Transformer Engine's Adam has none)
+
+With recompute=full a layer keeps its input only, and one layer at a time all of its tensors. GB are 10^9 bytes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from hola_megatron.config import Recipe, data_ranks, micro_batches
+from hola_megatron.plan.activations import FLOAT32, Share, Term, layer_workspace, saved_by_layer
+from hola_megatron.plan.parameters import rank_parameters, stage_layers
+
+GB = 1e9
+# cuBLAS on Hopper takes 32 MiB a handle: torch has one for the main and one for the autograd thread, TE its own
+CUBLAS_BYTES = 3 * 32 * 2**20
+# choices, not measured: what no tensor counter shows. CUDA context, kernel modules and NCCL's buffers; and the share
+# of the moving part (activations, logits, workspace) that torch's allocator cannot hand out again
+LIBRARIES_BYTES = 1.5e9
+FRAGMENTED_SHARE = 0.05
+PARTS = ("weights", "gradients", "optimizer", "activations", "kernels", "workspace", "logits", "messages", "libraries",
+         "reserve")
+
+
+@dataclass(frozen=True)
+class StageMemory:
+    """One rank of a pipeline stage. parts: bytes at `moment`, the highest of a step; "reserve" is beside tensors."""
+
+    stage: int
+    moment: str
+    parts: dict[str, float]
+
+    @property
+    def allocated(self) -> float:
+        """Bytes torch.cuda.max_memory_allocated would show."""
+        return sum(size for name, size in self.parts.items() if name != "reserve")
+
+    @property
+    def total(self) -> float:
+        """Bytes of the device that are taken."""
+        return sum(self.parts.values())
+
+
+def worst_stage(recipe: Recipe, world: int) -> StageMemory:
+    """The pipeline stage that needs most, on `world` ranks (a number the layout divides)."""
+    return max((stage_memory(recipe, world, stage) for stage in range(recipe.parallel.pipeline)),
+               key=lambda memory: memory.total)
+
+
+def stage_memory(recipe: Recipe, world: int, stage: int) -> StageMemory:
+    """A rank of this stage, at its highest moment."""
+    moments = {name: _reserved({**_standing(recipe, world, stage), **parts})
+               for name, parts in _moments(recipe, world, stage).items()}
+    name = max(moments, key=lambda moment: sum(moments[moment].values()))
+    return StageMemory(stage, name, {part: moments[name].get(part, 0.0) for part in PARTS})
+
+
+def micro_batches_held(recipe: Recipe, world: int, stage: int) -> float:
+    """Micro-batches whose tensors a stage holds at once, each over all its layers (Megatron's 1F1B schedules)."""
+    stages, chunks = recipe.parallel.pipeline, recipe.parallel.virtual_pipeline
+    count = micro_batches(recipe, world)
+    if chunks == 1:
+        return min(count, stages - stage)
+    ahead = 2 * (stages - stage - 1) + (chunks - 1) * stages
+    return min(count * chunks, ahead + 1) / chunks
+
+
+def _standing(recipe: Recipe, world: int, stage: int) -> dict[str, float]:
+    """What is there all the time."""
+    held, number = rank_parameters(recipe, stage), Share(recipe).number
+    master = 0 if recipe.train.precision == "fp32" else FLOAT32 * held.narrow
+    optimizer = master + 2 * FLOAT32 * held.total
+    return {"weights": held.narrow * number + held.float32 * FLOAT32, "gradients": held.total * FLOAT32,
+            "optimizer": optimizer / _optimizer_ranks(recipe, world), "libraries": CUBLAS_BYTES}
+
+
+def _optimizer_ranks(recipe: Recipe, world: int) -> int:
+    return data_ranks(recipe, world) * recipe.parallel.context if recipe.parallel.distributed_optimizer else 1
+
+
+def _moments(recipe: Recipe, world: int, stage: int) -> dict[str, dict[str, float]]:
+    share, kinds = Share(recipe), stage_layers(recipe, stage)
+    stream = share.norm_tokens * recipe.model.hidden_size * share.number
+    messages = _messages(share, stream)
+    held = micro_batches_held(recipe, world, stage)
+    saved = {kind: _by_part(saved_by_layer(share, kind)) for kind in set(kinds)}
+    if recipe.train.recompute == "full":
+        kept = {"activations": held * len(kinds) * stream}
+        # one layer at a time has all of its tensors again; its input is among those kept
+        alive = [_sum(kept, saved[kind], {"activations": -stream}) for kind in saved]
+    else:
+        kept = _sum(*({part: held * size for part, size in saved[kind].items()} for kind in kinds))
+        alive = [kept for _ in saved]
+    backward = max((_sum(layers, {"workspace": layer_workspace(share, kind)}, messages)
+                    for kind, layers in zip(saved, alive, strict=True)), key=lambda parts: sum(parts.values()))
+    moments = {"backward": backward}
+    if stage == recipe.parallel.pipeline - 1:
+        moments["loss"] = _sum(kept, _loss(share, stream), messages)
+    if recipe.model.layer_spec == "local":  # GroupStepAdam's denominators
+        owned = rank_parameters(recipe, stage).total / _optimizer_ranks(recipe, world)
+        moments["update"] = {"workspace": FLOAT32 * owned}
+    return moments
+
+
+def _loss(share: Share, stream: float) -> dict[str, float]:
+    """Output projection and cross-entropy, whichever of their forward and backward passes holds more."""
+    recipe, e = share.recipe, share.number
+    columns = recipe.model.vocab_size // recipe.parallel.tensor
+    logits = share.tokens * columns * e
+    small = share.tokens * 40  # ids, labels, mask, loss and its statistics
+    if recipe.model.layer_spec == "local":  # Megatron's own loss works on a float32 copy, in place
+        copy = share.tokens * columns * FLOAT32 if e < FLOAT32 else 0.0
+    else:
+        copy = logits
+    forward = logits + copy
+    weight_gradient = columns * recipe.model.hidden_size * e
+    backward = max(copy, logits) + share.tokens * recipe.model.hidden_size * e + weight_gradient
+    return {"activations": 2 * stream, "logits": max(forward, backward) + small}
+
+
+def _messages(share: Share, stream: float) -> dict[str, float]:
+    """Buffers of what ranks send each other that live at the peak."""
+    recipe, model = share.recipe, share.recipe.model
+    pipeline = 2 * stream if recipe.parallel.pipeline > 1 else 0.0  # an input on its way and a gradient
+    gathered = share.tokens * model.hidden_size * share.number if recipe.parallel.sequence else 0.0
+    context = 0.0
+    if recipe.parallel.context > 1 and set(model.layer_kinds) & set("HG"):  # all ranks' maps, and gradients of states
+        wide = 2 * model.value_dim + model.key_dim
+        context = recipe.parallel.context * share.heads * model.key_dim * wide * FLOAT32
+    return {"messages": pipeline + gathered + context}
+
+
+def _by_part(terms: list[Term]) -> dict[str, float]:
+    sizes: dict[str, float] = {}
+    for term in terms:
+        part = "messages" if term.part == "context" else term.part
+        sizes[part] = sizes.get(part, 0.0) + term.bytes
+    return sizes
+
+
+def _sum(*several: dict[str, float]) -> dict[str, float]:
+    names = {name for parts in several for name in parts}
+    return {name: sum(parts.get(name, 0.0) for parts in several) for name in names}
+
+
+def _reserved(parts: dict[str, float]) -> dict[str, float]:
+    moving = sum(parts.get(name, 0.0) for name in ("activations", "kernels", "workspace", "logits", "messages"))
+    return {**parts, "reserve": LIBRARIES_BYTES + FRAGMENTED_SHARE * moving}

@@ -1,0 +1,76 @@
+"""tools/doctor.py as a user meets it, and that its checks can fail."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from hola_megatron.doctor import checks
+
+ROOT = Path(__file__).parent.parent.parent
+
+
+def run(*command: str, **environment: str) -> subprocess.CompletedProcess:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
+    return subprocess.run([sys.executable, *command], cwd=ROOT, capture_output=True, text=True, timeout=300,
+                          check=False, env=environment)
+
+
+def test_one_screen_without_a_gpu():
+    done = run("tools/doctor.py")
+    assert done.returncode == (0 if "all right" in done.stdout else 1), done.stderr
+    for line in ("versions", "devices", "linears, norms", "Adam", "HOLA kernels", "kernels, torch float32", "disk"):
+        assert line in done.stdout
+    assert "FAILED" not in done.stdout and len(done.stdout.splitlines()) < 40
+
+
+def test_a_known_bad_combination_ends_with_code_1(tmp_path):
+    (tmp_path / "apex").mkdir()
+    (tmp_path / "apex" / "__init__.py").write_text("")
+    done = run("tools/doctor.py", PYTHONPATH=str(tmp_path))
+    assert done.returncode == 1 and "bad  apex: PyPI's `apex` is another project" in done.stdout
+    assert "pip uninstall apex" in done.stdout and "1 known-bad combination(s)" in done.stdout
+
+
+@pytest.mark.distributed
+def test_collectives_under_the_launcher():
+    done = run("-m", "hola_megatron.launch", "--nproc-per-node", "2", "tools/doctor.py")
+    assert "all-reduce of 16 MiB over 2 ranks (gloo): right" in done.stdout, done.stdout + done.stderr
+    assert done.stdout.count("versions") == 1
+
+
+def test_a_wrong_kernel_fails_the_check(monkeypatch):
+    right = checks.OPERATIONS["convolution"]
+
+    def wrong(**arguments: torch.Tensor) -> torch.Tensor:
+        y = right[0](**arguments)
+        return y if arguments["backend"] == "reference" else y * 1.001
+
+    monkeypatch.setattr(checks, "OPERATIONS", {"convolution": (wrong, right[1])})
+    assert not checks.kernel_checks(torch.device("cpu"))[0].passed
+    monkeypatch.setattr(checks, "OPERATIONS", {"convolution": right})
+    assert checks.kernel_checks(torch.device("cpu"))[0].passed
+
+
+def test_a_kernel_that_does_not_run_is_a_failed_check(monkeypatch):
+    def broken(**arguments: torch.Tensor) -> torch.Tensor:
+        raise RuntimeError("no launch")
+
+    monkeypatch.setattr(checks, "OPERATIONS", {"convolution": (broken, checks.OPERATIONS["convolution"][1])})
+    found = checks.kernel_checks(torch.device("cpu"))[0]
+    assert not found.passed and "RuntimeError: no launch" in found.found
+
+
+def test_a_disk_that_refuses_is_a_failed_check(tmp_path, monkeypatch):
+    def refuse(*_: object, **__: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    assert checks.disk_check(tmp_path / "not" / "there").passed
+    monkeypatch.setattr(checks.tempfile, "NamedTemporaryFile", refuse)
+    found = checks.disk_check(tmp_path)
+    assert not found.passed and "No space left" in found.found

@@ -1,0 +1,80 @@
+"""Run under Triton's interpreter: the storages one layer really saves, beside what the plan says.
+
+    TRITON_INTERPRET=1 python tests/plan/saved_bytes.py '["model.pattern=H", ...]' ...      one layer for each list
+
+Prints a JSON list of {"measured", "planned"} in bytes. Two things are made as they are on a GPU: the fused SwiGLU, and
+an RMS norm that keeps its input and one number a row (torch's own on the CPU keeps a normed copy as well).
+"""
+
+from __future__ import annotations
+
+import hola_megatron.quiet  # isort: skip  # noqa: F401
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from hola_megatron.config import Recipe, load_recipe
+from hola_megatron.model import norm
+from hola_megatron.model.build import build_model
+from hola_megatron.model.documents import Documents
+from hola_megatron.parallel.groups import Layout, start
+from hola_megatron.plan.activations import Share, saved_by_layer
+
+TINY = Path(__file__).parent.parent.parent / "recipes" / "hola_tiny.yaml"
+SMALL = ["model.layers=1", "model.hidden_size=96", "model.heads=2", "model.mlp_hidden_size=80",
+         "model.attention_heads=4", "model.backend=triton", "model.layer_spec=local", "train.sequence_length=128",
+         "train.micro_batch_size=2", "model.cache.block=32", "model.cache.slots=8"]
+
+
+class LeanRmsNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        scale = torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
+        ctx.save_for_backward(x, weight, scale)
+        return x * scale * weight
+
+
+def main() -> None:
+    norm.RMSNorm.forward = lambda self, x: LeanRmsNorm.apply(x, self.weight, self.eps)
+    recipes = [load_recipe(TINY, SMALL + json.loads(words)) for words in sys.argv[1:]]
+    layout = start(recipes[0])
+    rows = [{"measured": measured(recipe, layout), "planned": planned(recipe)} for recipe in recipes]
+    print("RESULT " + json.dumps(rows), flush=True)
+
+
+def planned(recipe: Recipe) -> float:
+    return sum(term.bytes for term in saved_by_layer(Share(recipe), recipe.model.layer_kinds[0]))
+
+
+def measured(recipe: Recipe, layout: Layout) -> int:
+    """Bytes of all distinct storages that the layer's autograd graph holds, parameters not counted."""
+    chunk = build_model(recipe, device=torch.device("cpu"))[0]
+    chunk.config.bias_activation_fusion = True
+    train, packed = recipe.train, recipe.data.documents == "separate"
+    rows, length = (1, train.micro_batch_size * train.sequence_length) if packed else \
+        (train.micro_batch_size, train.sequence_length)
+    cuts = torch.arange(0, rows * length + 1, train.sequence_length, dtype=torch.int32)
+    documents = Documents.from_cuts(cuts, layout.device, layout.context_rank, layout.context) if packed else None
+    pieces = layout.context * (layout.tensor if recipe.parallel.sequence else 1)
+    x = torch.randn(length // pieces, rows, recipe.model.hidden_size, requires_grad=True)
+    owned = {parameter.untyped_storage().data_ptr() for parameter in chunk.parameters()}
+    held: dict[int, int] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in owned:
+            held[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        y, _ = chunk.decoder.layers[0](hidden_states=x, attention_mask=None, packed_seq_params=documents)
+    assert y.requires_grad
+    return sum(held.values())
+
+
+if __name__ == "__main__":
+    main()

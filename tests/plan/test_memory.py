@@ -1,0 +1,96 @@
+"""A rank's memory: against measured peaks, and how it moves with what is changed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from hola_megatron.config import load_recipe
+from hola_megatron.plan.activations import Share, saved_by_layer
+from hola_megatron.plan.memory import GB, micro_batches_held, stage_memory, worst_stage
+
+RECIPES = Path(__file__).parent.parent.parent / "recipes"
+
+# one H200, bf16, Transformer Engine 2.20.2, torch 2.11.0, triton 3.6.0, commit 29bd998: peak of
+# torch.cuda.max_memory_allocated of tools/profile.py in 10^9 bytes. The figures of docs/plan.md.
+MEASURED = [("hola_340m", ["train.micro_batch_size=32", "train.global_batch_size=64"], 92.4),
+            ("hola_340m", ["train.micro_batch_size=16", "train.global_batch_size=16"], 49.6)]
+
+
+def memory(name: str, *overrides: str, world: int = 1):
+    return worst_stage(load_recipe(RECIPES / f"{name}.yaml", list(overrides)), world)
+
+
+@pytest.mark.parametrize(("name", "overrides", "gb"), MEASURED)
+def test_estimates_meet_measured_peaks(name, overrides, gb):
+    assert memory(name, *overrides).allocated / GB == pytest.approx(gb, rel=0.02)
+
+
+def test_memory_grows_with_the_micro_batch_and_shrinks_with_every_cut():
+    sizes = [memory("hola_1b", f"train.micro_batch_size={size}").total for size in (1, 2, 4, 8, 16)]
+    assert sizes == sorted(sizes) and sizes[0] < sizes[-1]
+    whole = memory("hola_7b", "parallel.tensor=1", "parallel.sequence=false", world=64).total
+    tensor = memory("hola_7b", "parallel.sequence=false", world=64).total
+    sequence = memory("hola_7b", world=64).total
+    stages = memory("hola_7b", "parallel.pipeline=4", world=64).total
+    assert whole > tensor > sequence > stages
+    assert memory("hola_7b", world=64).total > memory("hola_7b", world=512).total  # optimizer state
+    assert memory("hola_7b", "parallel.distributed_optimizer=false", world=64).total > sequence
+
+
+def test_recompute_keeps_inputs_and_one_layer():
+    recipe = load_recipe(RECIPES / "hola_7b.yaml", ["train.recompute=full"])
+    share, found = Share(recipe), stage_memory(recipe, 64, 0)
+    stream = share.norm_tokens * recipe.model.hidden_size * 2
+    layer = sum(term.bytes for term in saved_by_layer(share, "H"))
+    assert found.moment == "backward"
+    assert found.parts["activations"] + found.parts["kernels"] == pytest.approx(31 * stream + layer)
+
+
+def test_long_context_is_cut_by_context_ranks():
+    long = ["train.sequence_length=65536", "train.global_batch_size=64"]
+    alone, cut = (memory("hola_7b", *long, f"parallel.context={ranks}", world=64) for ranks in (1, 4))
+    for part in ("activations", "logits"):
+        assert cut.parts[part] == pytest.approx(alone.parts[part] / 4, rel=0.01)
+    assert cut.parts["messages"] > alone.parts["messages"] / 4  # what is laid, gathered and sent
+
+
+@pytest.mark.parametrize(("stages", "chunks", "stage", "held"), [
+    (1, 1, 0, 1), (4, 1, 0, 4), (4, 1, 3, 1), (4, 2, 0, (2 * 3 + 4 + 1) / 2), (4, 2, 3, (0 + 4 + 1) / 2)])
+def test_micro_batches_a_stage_holds(stages, chunks, stage, held):
+    """1F1B: a stage runs ahead of the last by as many micro-batches as there are stages behind it."""
+    recipe = load_recipe(RECIPES / "hola_7b.yaml",
+                         [f"parallel.pipeline={stages}", f"parallel.virtual_pipeline={chunks}"])
+    assert micro_batches_held(recipe, 64, stage) == held
+
+
+def test_few_micro_batches_are_all_a_stage_can_hold():
+    recipe = load_recipe(RECIPES / "hola_7b.yaml", ["parallel.pipeline=4", "train.global_batch_size=8"])
+    assert micro_batches_held(recipe, 64, 0) == 2
+
+
+def test_the_first_stage_holds_more_than_the_last_but_no_logits():
+    recipe = load_recipe(RECIPES / "hola_13b.yaml", ["parallel.pipeline=4"])
+    first, last = stage_memory(recipe, 64, 0), stage_memory(recipe, 64, 3)
+    assert first.parts["logits"] == 0 < last.parts["logits"] or last.moment == "backward"
+    assert first.parts["activations"] > 3 * last.parts["activations"]
+    assert worst_stage(recipe, 64).stage == 0
+
+
+def test_float32_has_no_second_copy_of_the_weights():
+    narrow, wide = (stage_memory(load_recipe(RECIPES / "hola_340m.yaml", [f"train.precision={x}"]), 1, 0).parts
+                    for x in ("bf16", "fp32"))
+    assert wide["weights"] == pytest.approx(2 * narrow["weights"], rel=1e-3)
+    assert wide["optimizer"] == pytest.approx(narrow["optimizer"] * 2 / 3, rel=1e-3)
+
+
+def test_a_long_sequence_is_split_where_the_kernels_split_it():
+    pytest.importorskip("triton")
+    from hola_kernels.gated_delta import triton_split
+    from hola_megatron.plan import activations
+
+    assert (activations.SPLIT_GAIN, activations.LEAST_SPAN) == (triton_split.GAIN, triton_split.LEAST_CHUNKS)
+    assert Share(load_recipe(RECIPES / "hola_340m.yaml")).spans == 0  # 16 short sequences fill the GPU
+    one = load_recipe(RECIPES / "hola_340m.yaml", ["train.sequence_length=32768", "train.micro_batch_size=1"])
+    assert Share(one).spans == 16  # 8 programs walk a sequence, 132 multiprocessors

@@ -1,0 +1,71 @@
+"""Parameters from arithmetic against the model that is built, without storage."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+import torch
+
+from hola_megatron.config import Recipe, load_recipe
+from hola_megatron.parallel.groups import start
+from hola_megatron.plan.parameters import parameters_by_part, rank_parameters
+
+RECIPES = sorted((Path(__file__).parent.parent.parent / "recipes").glob("*.yaml"))
+TINY = RECIPES[0].parent / "hola_tiny.yaml"
+CHANGES = [[], ["model.decay=false"], ["model.cache.sink=false"], ["model.pattern=HGA", "model.attention_heads=4"],
+           ["model.tie_embeddings=false", "model.value_dim=32"]]
+
+
+def alone(recipe: Recipe) -> Recipe:
+    """The same model on one rank: what parameters a model has does not depend on its layout."""
+    parallel = dataclasses.replace(recipe.parallel, tensor=1, pipeline=1, context=1, sequence=False)
+    return dataclasses.replace(recipe, parallel=parallel)
+
+
+def built(recipe: Recipe) -> list[torch.nn.Module]:
+    from hola_megatron.model.build import build_model
+
+    start(alone(load_recipe(TINY)))
+    return build_model(alone(recipe), device=torch.device("meta"))
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda p: p.stem)
+def test_every_shipped_recipe_has_the_parameters_of_its_built_model(path):
+    from hola_megatron.model.build import count_parameters
+
+    recipe = load_recipe(path)
+    found = count_parameters(built(recipe))
+    assert {part: size for part, size in parameters_by_part(recipe.model).items() if size} == found
+
+
+@pytest.mark.parametrize("changes", CHANGES, ids=lambda c: " ".join(c) or "as it is")
+def test_every_choice_of_the_model_is_counted(changes):
+    from hola_megatron.model.build import count_parameters
+
+    recipe = load_recipe(TINY, changes)
+    assert {part: size for part, size in parameters_by_part(recipe.model).items() if size} == \
+        count_parameters(built(recipe))
+
+
+@pytest.mark.parametrize("changes", CHANGES, ids=lambda c: " ".join(c) or "as it is")
+def test_one_rank_holds_everything_and_two_what_is_cut_only_once(changes):
+    """Replicated numbers are those of the built model that Megatron does not mark as tensor parallel."""
+    recipe = load_recipe(TINY, [*changes, "train.precision=bf16"])
+    parameters = [p for chunk in built(recipe) for p in chunk.parameters()]
+    whole = rank_parameters(recipe, 0)
+    assert whole.total == sum(p.numel() for p in parameters)
+    assert whole.float32 == sum(p.numel() for p in parameters if p.dtype == torch.float32)
+    replicated = sum(p.numel() for p in parameters if not getattr(p, "tensor_model_parallel", False))
+    half = dataclasses.replace(recipe, parallel=dataclasses.replace(recipe.parallel, tensor=2))
+    assert 2 * rank_parameters(half, 0).total - whole.total == replicated
+
+
+def test_stages_share_the_layers_and_a_tied_embedding_is_held_twice():
+    recipe = load_recipe(TINY, ["parallel.pipeline=4"])
+    table = recipe.model.vocab_size * recipe.model.hidden_size
+    total = parameters_by_part(recipe.model)["total"]
+    assert sum(rank_parameters(recipe, stage).total for stage in range(4)) == total + table
+    untied = load_recipe(TINY, ["parallel.pipeline=2", "parallel.virtual_pipeline=2", "model.tie_embeddings=false"])
+    assert sum(rank_parameters(untied, stage).total for stage in range(2)) == total + table
