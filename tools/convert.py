@@ -16,14 +16,14 @@ from __future__ import annotations
 import hola_megatron.quiet  # isort: skip  # noqa: F401
 
 import argparse
+from collections.abc import Callable
 from pathlib import Path
 
-from hola_megatron.checkpoint.folder import find_checkpoint
 from hola_megatron.config import CacheConfig, load_recipe
 from hola_megatron.errors import run_cli
-from hola_megatron.hf.convert import DTYPES, ExportOptions, Verify, from_hf, to_hf
-from hola_megatron.hf.fla import from_fla, to_fla
-from hola_megatron.hf.verify import verify
+
+# the functions below import what they call: torch and Megatron take seconds, --help should not
+DTYPES = ("fp32", "bf16")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -66,18 +66,24 @@ def main() -> int:
 
 
 def _to_hf(args: argparse.Namespace) -> None:
+    from hola_megatron.hf.convert import ExportOptions, to_hf
+
     options = ExportOptions(args.dtype, args.tokenizer, int(args.shard_gb * 1e9), args.overwrite)
     to_hf(args.source, args.out, options, verify=_proof(args))
     print(f"done: {args.out}")
 
 
 def _from_hf(args: argparse.Namespace) -> None:
+    from hola_megatron.hf.convert import from_hf
+
     recipe = load_recipe(args.recipe[0], args.recipe[1:]) if args.recipe else None
     path = from_hf(args.folder, args.run, recipe, shard_bytes=int(args.shard_gb * 1e9), verify=_proof(args))
     print(f"done: {path}\ntrain on: python -m hola_megatron.train {args.run / 'recipe.yaml'}")
 
 
 def _from_fla(args: argparse.Namespace) -> None:
+    from hola_megatron.hf.fla import from_fla
+
     cache = CacheConfig() if args.exact_cache else None
     from_fla(args.folder, args.out, cache, dtype=args.dtype, shard_bytes=int(args.shard_gb * 1e9),
              overwrite=args.overwrite)
@@ -85,17 +91,25 @@ def _from_fla(args: argparse.Namespace) -> None:
 
 
 def _to_fla(args: argparse.Namespace) -> None:
+    from hola_megatron.hf.fla import to_fla
+
     to_fla(args.folder, args.out, shard_bytes=int(args.shard_gb * 1e9), overwrite=args.overwrite)
     print(f"done: {args.out}")
 
 
 def _verify(args: argparse.Namespace) -> None:
+    from hola_megatron.checkpoint.folder import find_checkpoint
+    from hola_megatron.hf.verify import verify
+
     verify(find_checkpoint(args.source), args.folder)
     print("verified")
 
 
-def _proof(args: argparse.Namespace) -> Verify | None:
+def _proof(args: argparse.Namespace) -> Callable[..., object] | None:
+    """What compares the two models' logits, unless told not to."""
     if not args.no_verify:
+        from hola_megatron.hf.verify import verify
+
         return verify
     print("warning: --no-verify: the logits of this conversion have not been compared with the Megatron model's",
           flush=True)

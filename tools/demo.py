@@ -89,7 +89,8 @@ class Demo:
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()
         print(f"went on from {before}, killed after step {last_step(self.broken)}; starting it again")
-        self.check(self.start_training(self.broken, quiet=True).wait() == 0, "the resumed run failed")
+        self.check(self.start_training(self.broken, quiet=True).wait() == 0,
+                   f"the resumed run failed, see {self.broken.with_suffix('.log')}")
         losses = [final_loss(run) for run in (self.whole, self.broken)]
         files = [{name: about["sha256"] for name, about in open_checkpoint(run / "checkpoints" / last).manifest[
             "files"].items()} for run in (self.whole, self.broken)]
@@ -123,7 +124,11 @@ class Demo:
         command = [sys.executable, "-m", "hola_megatron.launch", "--nproc-per-node", str(RANKS), "-m",
                    "hola_megatron.train", RECIPE, f"run_dir={run}", f"data.train={self.data / 'train'}",
                    f"data.valid={self.data / 'valid'}", *self.overrides]
-        return subprocess.Popen(command, stdout=subprocess.DEVNULL if quiet else None, start_new_session=True)
+        if not quiet:
+            return subprocess.Popen(command, start_new_session=True)
+        # a killed run's surviving ranks have much to say of their lost peers
+        with run.with_suffix(".log").open("a") as log:
+            return subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
 
     def check(self, fine: bool, problem: str) -> None:
         if not fine:

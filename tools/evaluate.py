@@ -20,11 +20,8 @@ from typing import Any
 
 from hola_megatron.data.documents import BUNDLED_PARTS, DocumentReader, Source, bundled_source, find_sources
 from hola_megatron.errors import RecipeError, run_cli
-from hola_megatron.evaluate.last_word import last_word
-from hola_megatron.evaluate.load import exported, greedy_sample, load
-from hola_megatron.evaluate.needle import needle
-from hola_megatron.evaluate.perplexity import perplexity
-from hola_megatron.hf.convert import DTYPES
+
+DTYPES = ("fp32", "bf16")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -53,8 +50,15 @@ def main() -> int:
     _refuse(args)
     sources = [bundled_source(args.bundled)] if args.bundled else find_sources(args.text)
     passages = find_sources(args.last_word)
+    # only now: torch and Megatron take seconds, --help and a wrong argument should not
+    from hola_megatron.evaluate.last_word import last_word
+    from hola_megatron.evaluate.load import exported, greedy_sample, load
+    from hola_megatron.evaluate.needle import needle
+    from hola_megatron.evaluate.perplexity import perplexity
+    from hola_megatron.hf.convert import DTYPES as TORCH_DTYPES
+
     with exported(args.path, args.tokenizer) as folder:
-        model, tokenizer = load(folder, dtype=DTYPES.get(args.dtype), device=args.device)
+        model, tokenizer = load(folder, dtype=TORCH_DTYPES.get(args.dtype), device=args.device)
     print(f"model                {args.path}, {model.num_parameters():,} parameters, {model.dtype}, {model.device}")
     numbers: dict[str, Any] = {}
     if sources:

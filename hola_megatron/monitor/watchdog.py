@@ -8,7 +8,6 @@ the launcher then ends the others. Liveness is judged by counters, so clocks nee
 
 from __future__ import annotations
 
-import contextlib
 import datetime
 import faulthandler
 import json
@@ -48,6 +47,7 @@ class Watchdog:
         self._count = 0
         self._stop = threading.Event()
         self._store = _connect() if self.world > 1 else None
+        self._store_failed = False
         self._beat()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
         self._thread.start()
@@ -91,9 +91,11 @@ class Watchdog:
         said = {"count": self._count, "step": step, "phase": phase, "where": where, "waits": waits,
                 "host": socket.gethostname()}
         self._last = said
-        if self._store is not None:
-            with contextlib.suppress(RuntimeError):  # the store's machine is gone; the collectives will notice too
+        if self._store is not None and not self._store_failed:
+            try:
                 self._store.set(_key(self.rank), json.dumps(said))
+            except RuntimeError:  # its machine is gone; the collectives will notice too, and torch warns each time
+                self._store_failed = True
 
     def _where(self) -> tuple[str, bool]:
         """The main thread's place, and whether that is a place where it waits for other ranks."""
