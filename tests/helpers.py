@@ -64,11 +64,7 @@ def run_ranks(arguments: list[str], log: Path, *, ranks: int, timeout: float = 3
     What torchrun would do, but the ranks are forked from a server that has imported everything: one start of the
     real program costs eight seconds of imports a rank. Its launcher is tested in tests/train and tests/slurm.
     """
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["hola_megatron.trainer", "hola_megatron.replay"])
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
+    context, port = rank_server()
     log.write_text("")
     processes = [context.Process(target=_rank, args=(arguments, log, rank, ranks, port)) for rank in range(ranks)]
     for process in processes:
@@ -89,7 +85,17 @@ def run_ranks(arguments: list[str], log: Path, *, ranks: int, timeout: float = 3
             process.join()
 
 
+def rank_server() -> tuple[Any, int]:
+    """(the multiprocessing context that forks ranks from a process with everything imported, a free port)."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["preloaded"])
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        return context, free.getsockname()[1]
+
+
 def _rank(arguments: list[str], log: Path, rank: int, ranks: int, port: int) -> None:
+    assert "preloaded" in sys.modules, "the fork server failed to import tests/preloaded.py, silently as is its way"
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(ranks), LOCAL_WORLD_SIZE=str(ranks),
                       MASTER_ADDR="localhost", MASTER_PORT=str(port), TORCHDYNAMO_DISABLE="1")
     with log.open("a") as output:

@@ -165,17 +165,20 @@ class DeltaMixer(Mixer):
                 over: OverRanks | None) -> tuple[dict[str, Tensor], Tensor, Gathering | None]:
         """q, k, v, log_decay and beta of every token, the output gate [B, S, H, V], and the states' exchange if any."""
         model, heads = self.model, self.model.heads // self.tp_size
-        qkv, gate, rest = projected_BSF.split([sum(self.sections[:3]), self.sections[3], sum(self.sections[4:])], -1)
+        *qkv, gate, rest = projected_BSF.split([*self.sections[:4], sum(self.sections[4:])], -1)
         beta = rest[..., :heads].float().sigmoid()
         if model.decay:
             log_decay = -self.A_log.exp() * F.softplus(rest[..., heads:].float() + self.dt_bias)
         else:
             log_decay = torch.zeros_like(beta)
-        tail = None if over is None else conv_tail(qkv, model.conv_width, over)
-        tails = [None] * 3 if tail is None else tail.split(self.sections[:3], -1)
+        tails = [None] * 3
+        if over is not None and model.conv_width > 1:
+            # a slice of its own: cutting q|k|v out together first would cost one more pass over them in backward
+            last = projected_BSF[:, -model.conv_width:, : sum(self.sections[:3])]
+            tails = conv_tail(last, model.conv_width, over).split(self.sections[:3], -1)
         # one convolution a section, so that each of q, k, v comes out in one piece of memory
         weights = self.conv_weight.split(self.sections[:3])
-        inputs = list(zip(qkv.split(self.sections[:3], -1), weights, tails, strict=True))
+        inputs = list(zip(qkv, weights, tails, strict=True))
 
         def convolved(section: int, width: int) -> Tensor:
             x, weight, before = inputs[section]

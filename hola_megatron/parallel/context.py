@@ -46,7 +46,7 @@ def conv_tail(x_NTD: Tensor, width: int, over: OverRanks) -> Tensor | None:
     part, before = over.part, width - 1
     if not before:
         return None
-    tail = ShiftRight.apply(x_NTD[:, part.tokens - before:], over.group, "convolution")
+    tail = ShiftRight.apply(x_NTD[:, x_NTD.shape[1] - before:], over.group, "convolution")
     missing = max(before - part.before, 0)  # of another document, or of nobody
     tail = F.pad(tail[:, missing:], (0, 0, missing, 0))
     return F.pad(tail, (0, 0, 0, 0, 0, _documents(part, x_NTD) - tail.shape[0]))

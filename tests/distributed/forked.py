@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
-import socket
 import sys
 import time
 import traceback
@@ -12,17 +10,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from helpers import rank_server
+
 
 def run_on_ranks(target: Callable[..., None], ranks: int, folder: Path, *arguments: Any, timeout: float = 300) -> None:
     """target(rank, ranks, folder, *arguments) in a process each, with torchrun's variables; `folder` gets its output.
 
     Ends all of them when one fails or the time is over, and shows what they said.
     """
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["hola_megatron.trainer", "hola_megatron.replay"])
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
+    context, port = rank_server()
     processes = [context.Process(target=_rank, args=(target, rank, ranks, port, folder, arguments))
                  for rank in range(ranks)]
     for process in processes:

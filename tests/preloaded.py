@@ -1,0 +1,12 @@
+"""What a rank of a test needs imported, once for all: helpers.run_ranks forks its ranks from a process that has it."""
+
+import hola_megatron.quiet  # isort: skip
+
+import matplotlib.backends.backend_agg
+import matplotlib.figure  # noqa: F401
+
+import hola_megatron.replay
+import hola_megatron.trainer  # noqa: F401
+from hola_megatron.data.shards import _import_streaming
+
+_import_streaming()
