@@ -18,14 +18,16 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
-from hola_kernels.gated_delta.triton_layout import Layout
+from hola_kernels.descriptors import tiles_of
+from hola_kernels.gated_delta.triton_layout import CHUNK, Layout
 from hola_kernels.gated_delta.triton_prepare import BETA, DECAY, KEY_IN, KEY_OUT, QUERY_IN, SCALES
-from hola_kernels.triton_config import launch_of
+from hola_kernels.triton_config import Launch, launch_of
 
 
 @triton.jit
-def _forward_kernel(q, k, v, scales, solve, attend, spans, state_in, state_out,
+def _forward_kernel(q, k, v, solve, attend, scale_rows, scales, spans, one, state_in, state_out,
                     o, square, residual, states,
                     H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
                     ROWS: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
@@ -34,24 +36,21 @@ def _forward_kernel(q, k, v, scales, solve, attend, spans, state_in, state_out,
 
     MAPS: the affine map of the span, S_out = M S_in + E, as [E | M] [K, V + K]; columns past V start from the
     identity and see no values.
-    Registers: S^T [BV, K] fp32, a 16-bit copy of one half, two [BV, 64] accumulators. Shared memory: k, q [64, K],
-    U, P [64, 64], STAGES deep. Device memory: nothing but inputs and outputs.
+    Registers: S^T [BV, K] fp32, a 16-bit copy of it, one [BV, 64] accumulator. Shared memory: k, q [64, K],
+    v [64, BV], U, P [64, 64], STAGES deep, filled by tensor descriptors. Device memory: nothing but inputs and outputs.
     """
     WIDTH: tl.constexpr = V + K if MAPS else V
     TILES: tl.constexpr = WIDTH // BV
-    KL: tl.constexpr = min(K, 128)  # the state is held as two halves at K = 256: one 16-bit copy at a time
+    KL: tl.constexpr = min(K, 128)  # the state is held as two halves at K = 256
     pid = tl.program_id(0)
     tile, head, span = pid % TILES, (pid // TILES) % H, pid // (TILES * H)
-    first = tl.load(spans + span * 3).to(tl.int64)
-    end = tl.load(spans + span * 3 + 1).to(tl.int64)
-    chunk = tl.load(spans + span * 3 + 2).to(tl.int64)
-    steps = tl.cdiv((end - first).to(tl.int32), C)
+    first = tl.load(spans + span * 3)
+    end = tl.load(spans + span * 3 + 1)
+    chunk = tl.load(spans + span * 3 + 2)
+    steps = tl.cdiv(end - first, C)
     place, dim, col = tl.arange(0, C), tl.arange(0, KL), tile * BV + tl.arange(0, BV)
-    key_tile = place[:, None] * (H * K) + dim[None, :]
-    value_tile = col[:, None] + place[None, :] * (H * V)
-    matrix = place[:, None] * C + place[None, :]
     state_tile = (span * H + head).to(tl.int64) * (K * WIDTH) + col[:, None] + dim[None, :] * WIDTH  # transposes
-    narrow = k.dtype.element_ty
+    narrow = k.dtype
 
     low_VK = tl.zeros([BV, KL], tl.float32)
     if HAS_STATE:
@@ -65,52 +64,56 @@ def _forward_kernel(q, k, v, scales, solve, attend, spans, state_in, state_out,
         if HAS_STATE:
             high_VK += tl.load(state_in + KL * WIDTH + state_tile)
     for i in tl.range(0, steps, num_stages=STAGES):
-        at = (first + i * C) * H + head
-        left = (end - first).to(tl.int32) - i * C
-        here = (chunk + i) * H + head
-        row = scales + here * (ROWS * C)
-        key_in = tl.load(row + KEY_IN * C + place)
-        key_out = tl.load(row + KEY_OUT * C + place)
-        b = tl.load(row + BETA * C + place)
-        decay = tl.exp(tl.load(row + DECAY * C + (C - 1)))
-        inside = place[:, None] < left
-        v_VC = tl.load(v + at * V + value_tile, mask=(place[None, :] < left) & (tile * BV < V), other=0.0)
-        u_CC = tl.load(solve + here * (C * C) + matrix)
-        state_row = here * (V * K) + col[:, None] * K + dim[None, :]
+        row, here = first + i * C, (chunk + i) * H + head
+        left = end - row  # rows past it belong to another segment; their scales are zero, and so are all their effects
+        v_CV = v.load([row, head * V + tile * BV])
+        u_CC = solve.load([here * C, 0])
+        key_in = scale_rows.load([here * ROWS + KEY_IN, 0])
+        b = scale_rows.load([here * ROWS + BETA, 0])
+        decay = tl.exp(tl.load(scales + here.to(tl.int64) * (ROWS * C) + (DECAY * C + C - 1)))
 
+        k_low = k.load([row, head * K])
         narrow_VK = low_VK.to(narrow)
-        k_low = tl.load(k + at * K + key_tile, mask=inside, other=0.0)
         sk_VC = tl.dot(narrow_VK, tl.trans(k_low), input_precision=PRECISION)
-        if OUTPUT:
-            q_low = tl.load(q + at * K + key_tile, mask=inside, other=0.0)
-            sq_VC = tl.dot(narrow_VK, tl.trans(q_low), input_precision=PRECISION)
         if STATES:
-            tl.store(states + state_row, narrow_VK)
+            states.store([here * V + tile * BV, 0], narrow_VK)
         if K > KL:
+            k_high = k.load([row, head * K + KL])
             narrow_VK = high_VK.to(narrow)
-            k_high = tl.load(k + at * K + KL + key_tile, mask=inside, other=0.0)
             sk_VC = tl.dot(narrow_VK, tl.trans(k_high), sk_VC, input_precision=PRECISION)
-            if OUTPUT:
-                q_high = tl.load(q + at * K + KL + key_tile, mask=inside, other=0.0)
-                sq_VC = tl.dot(narrow_VK, tl.trans(q_high), sq_VC, input_precision=PRECISION)
             if STATES:
-                tl.store(states + KL + state_row, narrow_VK)
+                states.store([here * V + tile * BV, KL], narrow_VK)
 
-        rho_VC = v_VC.to(tl.float32) - key_in[None, :] * sk_VC
-        e_VC = tl.dot((rho_VC * -b[None, :]).to(narrow), tl.trans(u_CC), rho_VC, input_precision=PRECISION)
-        if OUTPUT:
-            x_VC = e_VC * b[None, :]
-            p_CC = tl.load(attend + here * (C * C) + matrix)
-            query_in = tl.load(row + QUERY_IN * C + place)
-            o_VC = tl.dot(x_VC.to(narrow), tl.trans(p_CC), query_in[None, :] * sq_VC, input_precision=PRECISION)
-            tl.store(o + at * V + value_tile, o_VC.to(o.dtype.element_ty), mask=place[None, :] < left)
-            tl.store(square + (at + place * H) * TILES + tile, tl.sum(x_VC * x_VC, 0), mask=place < left)
+        rho_VC = tl.trans(v_CV).to(tl.float32)
+        if MAPS:
+            rho_VC = tl.where(tile * BV < V, rho_VC, 0.0)
+        rho_VC -= key_in * sk_VC
+        e_VC = tl.dot((rho_VC * -b).to(narrow), tl.trans(u_CC), rho_VC, input_precision=PRECISION)
+        value_tile = (row.to(tl.int64) * H + head) * V + col[:, None] + place[None, :] * (H * V)
         if STATES:
-            tl.store(residual + at * V + value_tile, e_VC.to(narrow), mask=place[None, :] < left)
-        out_VC = (e_VC * (b * key_out)[None, :]).to(narrow)
+            tl.store(residual + value_tile, e_VC.to(narrow), mask=place[None, :] < left)
+        x_VC = e_VC * b
+        out_VC = (x_VC * scale_rows.load([here * ROWS + KEY_OUT, 0])).to(narrow)
+        if OUTPUT:
+            # times one (a number the compiler does not know): the 16-bit state is made a second time instead of being
+            # kept in registers since S k, and no product is left running into the next step, for which ptxas would
+            # make every product of the loop wait for the one before
+            q_low = q.load([row, head * K])
+            sq_VC = tl.dot((low_VK * one).to(narrow), tl.trans(q_low), input_precision=PRECISION)
+            if K > KL:
+                q_high = q.load([row, head * K + KL])
+                sq_VC = tl.dot((high_VK * one).to(narrow), tl.trans(q_high), sq_VC, input_precision=PRECISION)
+            p_CC = attend.load([here * C, 0])
+            query_in = scale_rows.load([here * ROWS + QUERY_IN, 0])
+            o_VC = tl.dot(x_VC.to(narrow), tl.trans(p_CC), query_in * sq_VC, input_precision=PRECISION)
+            tl.store(o + value_tile, o_VC.to(narrow), mask=place[None, :] < left)
+            at = (row + place).to(tl.int64) * H + head
+            tl.store(square + at * TILES + tile, tl.sum(x_VC * x_VC, 0), mask=place < left)
         low_VK = tl.dot(out_VC, k_low, low_VK * decay, input_precision=PRECISION)
         if K > KL:
             high_VK = tl.dot(out_VC, k_high, high_VK * decay, input_precision=PRECISION)
+            if OUTPUT:
+                high_VK *= one
     if OUTPUT or MAPS:
         tl.store(state_out + state_tile, low_VK)
         if K > KL:
@@ -118,7 +121,7 @@ def _forward_kernel(q, k, v, scales, solve, attend, spans, state_in, state_out,
 
 
 @triton.jit
-def _backward_kernel(q, k, do, scales, solve, attend, spans, dstate_out, dstate_in, dr, dstates,
+def _backward_kernel(q, k, do, solve, attend, scale_rows, scales, spans, one, dstate_out, dstate_in, dr, dstates,
                      H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
                      ROWS: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr, HAS_STATE: tl.constexpr,
                      CHUNKS: tl.constexpr):
@@ -131,16 +134,13 @@ def _backward_kernel(q, k, do, scales, solve, attend, spans, dstate_out, dstate_
     KL: tl.constexpr = min(K, 128)
     pid = tl.program_id(0)
     tile, head, span = pid % TILES, (pid // TILES) % H, pid // (TILES * H)
-    first = tl.load(spans + span * 3).to(tl.int64)
-    end = tl.load(spans + span * 3 + 1).to(tl.int64)
-    chunk = tl.load(spans + span * 3 + 2).to(tl.int64)
-    steps = tl.cdiv((end - first).to(tl.int32), C)
+    first = tl.load(spans + span * 3)
+    end = tl.load(spans + span * 3 + 1)
+    chunk = tl.load(spans + span * 3 + 2)
+    steps = tl.cdiv(end - first, C)
     place, dim, col = tl.arange(0, C), tl.arange(0, KL), tile * BV + tl.arange(0, BV)
-    key_tile = place[:, None] * (H * K) + dim[None, :]
-    value_tile = col[:, None] + place[None, :] * (H * V)
-    matrix = place[:, None] * C + place[None, :]
     state_tile = (span * H + head).to(tl.int64) * (K * V) + col[:, None] + dim[None, :] * V
-    narrow = k.dtype.element_ty
+    narrow = k.dtype
 
     low_VK = tl.zeros([BV, KL], tl.float32)
     if HAS_STATE:
@@ -151,46 +151,41 @@ def _backward_kernel(q, k, do, scales, solve, attend, spans, dstate_out, dstate_
             high_VK += tl.load(dstate_out + KL * V + state_tile)
     for step in tl.range(0, steps, num_stages=STAGES):
         i = steps - 1 - step
-        at = (first + i * C) * H + head
-        left = (end - first).to(tl.int32) - i * C
-        here = (chunk + i) * H + head
-        row = scales + here * (ROWS * C)
-        key_in = tl.load(row + KEY_IN * C + place)
-        key_out = tl.load(row + KEY_OUT * C + place)
-        query_in = tl.load(row + QUERY_IN * C + place)
-        b = tl.load(row + BETA * C + place)
-        decay = tl.exp(tl.load(row + DECAY * C + (C - 1)))
-        inside = place[:, None] < left
-        do_VC = tl.load(do + at * V + value_tile, mask=place[None, :] < left, other=0.0)
-        u_CC = tl.load(solve + here * (C * C) + matrix)
-        p_CC = tl.load(attend + here * (C * C) + matrix)
-        state_row = here * (V * K) + col[:, None] * K + dim[None, :]
+        row, here = first + i * C, (chunk + i) * H + head
+        left = end - row
+        do_VC = tl.trans(do.load([row, head * V + tile * BV]))
+        u_CC, p_CC = solve.load([here * C, 0]), attend.load([here * C, 0])
+        key_out = scale_rows.load([here * ROWS + KEY_OUT, 0])
+        b = scale_rows.load([here * ROWS + BETA, 0])
+        decay = tl.exp(tl.load(scales + here.to(tl.int64) * (ROWS * C) + (DECAY * C + C - 1)))
 
+        k_low = k.load([row, head * K])
         narrow_VK = low_VK.to(narrow)
-        k_low = tl.load(k + at * K + key_tile, mask=inside, other=0.0)
-        q_low = tl.load(q + at * K + key_tile, mask=inside, other=0.0)
         sk_VC = tl.dot(narrow_VK, tl.trans(k_low), input_precision=PRECISION)
         if CHUNKS:
-            tl.store(dstates + state_row, narrow_VK)
+            dstates.store([here * V + tile * BV, 0], narrow_VK)
         if K > KL:
+            k_high = k.load([row, head * K + KL])
             narrow_VK = high_VK.to(narrow)
-            k_high = tl.load(k + at * K + KL + key_tile, mask=inside, other=0.0)
-            q_high = tl.load(q + at * K + KL + key_tile, mask=inside, other=0.0)
             sk_VC = tl.dot(narrow_VK, tl.trans(k_high), sk_VC, input_precision=PRECISION)
             if CHUNKS:
-                tl.store(dstates + KL + state_row, narrow_VK)
+                dstates.store([here * V + tile * BV, KL], narrow_VK)
 
-        dx_VC = tl.dot(do_VC, p_CC, key_out[None, :] * sk_VC, input_precision=PRECISION)
-        dr_VC = tl.dot((dx_VC * -b[None, :]).to(narrow), u_CC, dx_VC, input_precision=PRECISION)
+        dx_VC = tl.dot(do_VC, p_CC, key_out * sk_VC, input_precision=PRECISION)
+        dr_VC = tl.dot((dx_VC * -b).to(narrow), u_CC, dx_VC, input_precision=PRECISION)
         if CHUNKS:
-            tl.store(dr + at * V + value_tile, dr_VC.to(narrow), mask=place[None, :] < left)
-        from_o = (do_VC.to(tl.float32) * query_in[None, :]).to(narrow)
-        from_r = (dr_VC * (-b * key_in)[None, :]).to(narrow)
+            value_tile = (row.to(tl.int64) * H + head) * V + col[:, None] + place[None, :] * (H * V)
+            tl.store(dr + value_tile, dr_VC.to(narrow), mask=place[None, :] < left)
+        from_o = (do_VC.to(tl.float32) * scale_rows.load([here * ROWS + QUERY_IN, 0])).to(narrow)
+        from_r = (dr_VC * (-b * scale_rows.load([here * ROWS + KEY_IN, 0]))).to(narrow)
+        q_low = q.load([row, head * K])
         low_VK = tl.dot(from_o, q_low, low_VK * decay, input_precision=PRECISION)
         low_VK = tl.dot(from_r, k_low, low_VK, input_precision=PRECISION)
         if K > KL:
+            q_high = q.load([row, head * K + KL])
             high_VK = tl.dot(from_o, q_high, high_VK * decay, input_precision=PRECISION)
             high_VK = tl.dot(from_r, k_high, high_VK, input_precision=PRECISION)
+            high_VK *= one  # as in the forward pass
     tl.store(dstate_in + state_tile, low_VK)
     if K > KL:
         tl.store(dstate_in + KL * V + state_tile, high_VK)
@@ -205,10 +200,9 @@ def walk_forward(*, q_MHK: Tensor, k_MHK: Tensor, v_MHV: Tensor, scales: Tensor,
     square = v_MHV.new_empty(tokens, heads, value_dim // launch.tile, dtype=torch.float32)
     state_out = v_MHV.new_empty(layout.span_count, heads, key_dim, value_dim, dtype=torch.float32)
     _forward_kernel[(layout.span_count * heads * (value_dim // launch.tile),)](
-        q_MHK, k_MHK, v_MHV, scales, solve, attend, layout.spans, state_PHKV, state_out, o, square, None, None,
-        H=heads, K=key_dim, V=value_dim, BV=launch.tile, C=64, ROWS=SCALES, PRECISION=precision, STAGES=launch.stages,
-        HAS_STATE=state_PHKV is not None, OUTPUT=True, STATES=False, MAPS=False, num_warps=launch.warps,
-        maxnreg=launch.registers)
+        _keys(q_MHK), _keys(k_MHK), _values(v_MHV, launch), _matrices(solve), _matrices(attend), _scale_rows(scales),
+        scales, layout.spans, 1.0, state_PHKV, state_out, o, square, None, None, H=heads, K=key_dim, V=value_dim,
+        HAS_STATE=state_PHKV is not None, OUTPUT=True, STATES=False, MAPS=False, **_options(launch, precision))
     return o, square, state_out
 
 
@@ -220,10 +214,9 @@ def recompute_states(*, k_MHK: Tensor, v_MHV: Tensor, scales: Tensor, solve: Ten
     residual = torch.empty_like(v_MHV)
     states = v_MHV.new_empty(layout.chunk_count, heads, value_dim, key_dim)
     _forward_kernel[(layout.span_count * heads * (value_dim // launch.tile),)](
-        None, k_MHK, v_MHV, scales, solve, None, layout.spans, state_PHKV, None, None, None, residual, states,
-        H=heads, K=key_dim, V=value_dim, BV=launch.tile, C=64, ROWS=SCALES, PRECISION=precision, STAGES=launch.stages,
-        HAS_STATE=state_PHKV is not None, OUTPUT=False, STATES=True, MAPS=False, num_warps=launch.warps,
-        maxnreg=launch.registers)
+        None, _keys(k_MHK), _values(v_MHV, launch), _matrices(solve), None, _scale_rows(scales), scales, layout.spans,
+        1.0, state_PHKV, None, None, None, residual, _states(states, launch), H=heads, K=key_dim, V=value_dim,
+        HAS_STATE=state_PHKV is not None, OUTPUT=False, STATES=True, MAPS=False, **_options(launch, precision))
     return states, residual
 
 
@@ -232,12 +225,13 @@ def span_maps(*, k_MHK: Tensor, v_MHV: Tensor, scales: Tensor, solve: Tensor, la
     """What each span does to the state that enters it, S_out = M S_in + E: [E | M] [P, H, K, V + K] fp32."""
     (_, heads, value_dim), key_dim = v_MHV.shape, k_MHK.shape[2]
     launch = launch_of("gated_delta_states", key_dim, value_dim, v_MHV.element_size())
-    tile = min(launch.tile, key_dim)
+    if launch.tile > key_dim:
+        launch = Launch(key_dim, 4, launch.stages)
     maps = v_MHV.new_empty(layout.span_count, heads, key_dim, value_dim + key_dim, dtype=torch.float32)
-    _forward_kernel[(layout.span_count * heads * ((value_dim + key_dim) // tile),)](
-        None, k_MHK, v_MHV, scales, solve, None, layout.spans, None, maps, None, None, None, None,
-        H=heads, K=key_dim, V=value_dim, BV=tile, C=64, ROWS=SCALES, PRECISION=precision, STAGES=launch.stages,
-        HAS_STATE=False, OUTPUT=False, STATES=False, MAPS=True, num_warps=launch.warps if tile == launch.tile else 4)
+    _forward_kernel[(layout.span_count * heads * ((value_dim + key_dim) // launch.tile),)](
+        None, _keys(k_MHK), _values(v_MHV, launch), _matrices(solve), None, _scale_rows(scales), scales, layout.spans,
+        1.0, None, maps, None, None, None, None, H=heads, K=key_dim, V=value_dim, HAS_STATE=False, OUTPUT=False,
+        STATES=False, MAPS=True, **_options(launch, precision))
     return maps
 
 
@@ -254,8 +248,38 @@ def walk_backward(*, q_MHK: Tensor, k_MHK: Tensor, do_MHV: Tensor, scales: Tenso
     dstates = do_MHV.new_empty(layout.chunk_count, heads, value_dim, key_dim) if every_chunk else None
     dstate_in = do_MHV.new_empty(layout.span_count, heads, key_dim, value_dim, dtype=torch.float32)
     _backward_kernel[(layout.span_count * heads * (value_dim // launch.tile),)](
-        q_MHK, k_MHK, do_MHV, scales, solve, attend, layout.spans, dstate_PHKV, dstate_in, dr, dstates,
-        H=heads, K=key_dim, V=value_dim, BV=launch.tile, C=64, ROWS=SCALES, PRECISION=precision, STAGES=launch.stages,
-        HAS_STATE=dstate_PHKV is not None, CHUNKS=every_chunk, num_warps=launch.warps,
-        maxnreg=launch.registers)
+        _keys(q_MHK), _keys(k_MHK), _values(do_MHV, launch), _matrices(solve), _matrices(attend), _scale_rows(scales),
+        scales, layout.spans, 1.0, dstate_PHKV, dstate_in, dr, _states(dstates, launch) if every_chunk else None,
+        H=heads, K=key_dim, V=value_dim, HAS_STATE=dstate_PHKV is not None, CHUNKS=every_chunk,
+        **_options(launch, precision))
     return dr, dstates, dstate_in
+
+
+def _options(launch: Launch, precision: str) -> dict[str, object]:
+    return {"BV": launch.tile, "C": CHUNK, "ROWS": SCALES, "PRECISION": precision, "STAGES": launch.stages,
+            "num_warps": launch.warps, "maxnreg": launch.registers}
+
+
+# what the kernels take by whole tiles: a chunk's tokens and at most half of K, or one tile of V; a chunk's matrix; one
+# row of its scales; a tile of its transposed state
+
+def _keys(x_MHK: Tensor) -> TensorDescriptor:
+    heads, key_dim = x_MHK.shape[1:]
+    return tiles_of(x_MHK, heads * key_dim, CHUNK, min(key_dim, 128))
+
+
+def _values(x_MHV: Tensor, launch: Launch) -> TensorDescriptor:
+    heads, value_dim = x_MHV.shape[1:]
+    return tiles_of(x_MHV, heads * value_dim, CHUNK, launch.tile)
+
+
+def _matrices(x_UHCC: Tensor) -> TensorDescriptor:
+    return tiles_of(x_UHCC, CHUNK, CHUNK, CHUNK)
+
+
+def _scale_rows(scales: Tensor) -> TensorDescriptor:
+    return tiles_of(scales, CHUNK, 1, CHUNK)
+
+
+def _states(x_UHVK: Tensor, launch: Launch) -> TensorDescriptor:
+    return tiles_of(x_UHVK, x_UHVK.shape[3], launch.tile, min(x_UHVK.shape[3], 128))
