@@ -39,6 +39,21 @@ class CacheConfig:
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
+class MoeConfig:
+    """Experts in place of every layer's MLP: Megatron-core's router, dispatch and experts."""
+
+    experts: int | None = Field(None, ge=2, description="experts of a layer; null: one MLP, no router")
+    top_k: int = Field(2, ge=1, description="experts that a token goes to")
+    hidden_size: int | None = Field(None, ge=8, description=(
+        "width inside one expert's SwiGLU; null: model.mlp_hidden_size"))
+    balancing: Literal["aux_loss", "bias", "none"] = Field("aux_loss", description=(
+        "what keeps experts evenly used: a loss beside the model's (softmax scores); a bias on the choice that follows "
+        "their use, without a loss (sigmoid scores); nothing"))
+    aux_loss_weight: float = Field(1e-2, ge=0, description="aux_loss: its weight")
+    bias_rate: float = Field(1e-3, gt=0, description="bias: what it moves by after a step (kept in checkpoints)")
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
 class ModelConfig:
     """Shape of the network."""
 
@@ -59,6 +74,7 @@ class ModelConfig:
     norm_eps: float = Field(1e-6, gt=0, description="epsilon of all RMSNorms outside the kernels")
     init_std: float = Field(0.02, gt=0, description="standard deviation of the normal initialisation")
     cache: CacheConfig = Field(default_factory=CacheConfig, description="exact memory of H layers")
+    moe: MoeConfig = Field(default_factory=MoeConfig, description="experts in place of MLPs")
     backend: Literal["auto", "reference", "torch", "triton"] = Field("auto", description="kernels of H and G layers")
     layer_spec: Literal["auto", "local", "te"] = Field(
         "auto", description="linear layers and norms: Megatron's own, or Transformer Engine's; auto takes te on a GPU")
@@ -67,6 +83,11 @@ class ModelConfig:
     def layer_kinds(self) -> str:
         """One letter a layer."""
         return (self.pattern * self.layers)[: self.layers]
+
+    @property
+    def expert_hidden_size(self) -> int:
+        """Width inside one expert."""
+        return self.moe.hidden_size or self.mlp_hidden_size
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -102,13 +123,34 @@ class TrainConfig:
     warmup_steps: int = Field(0, ge=0, description="steps of linear warm-up")
     schedule: Literal["cosine", "constant"] = Field("cosine", description="shape after warm-up")
     weight_decay: float = Field(0.01, ge=0, description="decoupled; not on vectors (norms, decay, gates)")
+    optimizer: Literal["adamw", "muon"] = Field("adamw", description=(
+        "adamw for all; muon: the layers' matrices by Muon with updates of AdamW's size, all else by AdamW"))
+    muon_momentum: float = Field(0.95, ge=0, lt=1, description="Muon's momentum (Nesterov)")
+    muon_steps: int = Field(5, ge=1, description="Muon's Newton-Schulz steps")
     beta1: float = Field(0.9, ge=0, lt=1, description="Adam's first moment")
     beta2: float = Field(0.95, ge=0, lt=1, description="Adam's second moment")
     adam_eps: float = Field(1e-8, gt=0, description="Adam's epsilon")
     clip_grad_norm: float = Field(1.0, ge=0, description="global gradient norm limit; 0 for none")
     precision: Literal["fp32", "bf16"] = Field("bf16", description="weights and activations; the optimizer is fp32")
     recompute: Literal["none", "full"] = Field("none", description="activations kept, or recomputed layer by layer")
+    logits_budget_gb: float | None = Field(2.0, gt=0, description=(
+        "GB (10^9 bytes) that logits may take on a rank: where they and the loss's copy of them take more, they are "
+        "made and used up a piece of tokens at a time; null: never"))
     seed: int = Field(1234, ge=0, description="of weights and data order")
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class Fp8Config:
+    """8-bit matrix products of every layer's linears (Transformer Engine). All else stays bf16 or float32: embedding,
+    output projection and loss, norms, convolutions, state and exact cache, stored weights, gradients, optimizer."""
+
+    recipe: Literal["delayed", "current", "blockwise"] | None = Field(None, description=(
+        "what scales a tensor before its cast: one number from earlier steps (delayed), one from itself (current), one "
+        "for each 128 numbers (blockwise); null: bf16. Gradients are e5m2, all else e4m3; blockwise e4m3 throughout"))
+    first_layers_bf16: int = Field(0, ge=0, description="layers at the start that stay bf16; not with delayed")
+    last_layers_bf16: int = Field(0, ge=0, description="layers at the end that stay bf16; not with delayed")
+    amax_history: int = Field(1024, ge=1, description=(
+        "delayed: micro-batches whose largest number sets the scale (kept in checkpoints)"))
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -120,6 +162,8 @@ class ParallelConfig:
     pipeline: int = Field(1, ge=1, description="ranks that share the layers")
     virtual_pipeline: int = Field(1, ge=1, description="model chunks a pipeline rank (interleaved schedule)")
     context: int = Field(1, ge=1, description="ranks that share one sequence")
+    expert: int = Field(1, ge=1, description=(
+        "ranks that share a layer's experts, each holding some of them whole; of tensor, context and data ranks"))
     distributed_optimizer: bool = Field(True, description="cut optimizer state over data-parallel ranks")
     overlap: bool = Field(True, description="reduce gradients and gather parameters while computing")
     timeout_minutes: float = Field(30.0, gt=0, description="a collective that waits longer ends the run")
@@ -189,6 +233,7 @@ class Recipe:
     model: ModelConfig
     data: DataConfig
     train: TrainConfig
+    fp8: Fp8Config = Field(default_factory=Fp8Config)
     parallel: ParallelConfig = Field(default_factory=ParallelConfig)
     checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig)
     log: LogConfig = Field(default_factory=LogConfig)
@@ -264,6 +309,12 @@ def check_recipe(recipe: Recipe, world_size: int | None = None) -> list[str]:
         must_divide("train.sequence_length", train.sequence_length, tp, "parallel.sequence cuts the sequence")
     if parallel.context > 1:
         problems += _check_context(recipe)
+    if recipe.fp8.recipe is not None:
+        problems += _check_fp8(recipe)
+    problems += _check_experts(recipe)
+    if train.optimizer == "muon" and parallel.distributed_optimizer:
+        problems.append("train.optimizer: muon needs whole matrices on every data rank; set "
+                        "parallel.distributed_optimizer=false")
     if recipe.guard.warmup > recipe.guard.window:
         problems.append(f"guard.warmup: {recipe.guard.warmup} is more than guard.window = {recipe.guard.window}")
     if train.warmup_steps > train.steps:
@@ -300,6 +351,69 @@ def _check_context(recipe: Recipe) -> list[str]:
     return []
 
 
+def _check_fp8(recipe: Recipe) -> list[str]:
+    """8-bit products take sizes that are multiples of 16 on every rank (the fused input projection is padded)."""
+    model, fp8, parallel = recipe.model, recipe.fp8, recipe.parallel
+    kinds, tp = set(model.layer_kinds), parallel.tensor
+    problems = []
+    if recipe.train.precision != "bf16":
+        problems.append(f"fp8.recipe: {fp8.recipe} needs train.precision of bf16, not {recipe.train.precision}")
+    if model.layer_spec == "local":
+        problems.append(f"fp8.recipe: {fp8.recipe} needs Transformer Engine's layers; set model.layer_spec to te or "
+                        "auto")
+    if model.moe.experts is not None:
+        problems.append(f"fp8.recipe: {fp8.recipe} is not possible with experts (model.moe.experts), whose tokens come "
+                        "in any number; set it to null")
+    most = model.layers // parallel.pipeline
+    for name, count in (("first_layers_bf16", fp8.first_layers_bf16), ("last_layers_bf16", fp8.last_layers_bf16)):
+        if count and fp8.recipe == "delayed":
+            problems.append(f"fp8.{name}: {count} layers in bf16 are not possible with the delayed recipe; set it to "
+                            "0, or fp8.recipe to current or blockwise")
+        elif count > most:
+            problems.append(f"fp8.{name}: {count} is more than the {most} layers of a pipeline stage")
+    pieces = parallel.context * (tp if parallel.sequence else 1)
+    tokens = recipe.train.micro_batch_size * recipe.train.sequence_length
+    widths = [("model.hidden_size", model.hidden_size, 1, ""),
+              ("model.mlp_hidden_size", model.mlp_hidden_size, tp, f" over parallel.tensor = {tp}"),
+              ("train.micro_batch_size x train.sequence_length", tokens, pieces, f" over {pieces} ranks")]
+    if kinds & set("HG"):
+        widths.append(("model.heads x model.value_dim", model.heads * model.value_dim, tp,
+                       f" over parallel.tensor = {tp}"))
+    if "A" in kinds:
+        widths.append(("model.hidden_size", model.hidden_size, tp, f" over parallel.tensor = {tp}"))
+    for path, size, ranks, how in widths:
+        if size % (16 * ranks):
+            problems.append(f"{path}: {size}{how if ranks > 1 else ''} is not a multiple of 16 on every rank, as "
+                            f"fp8.recipe = {fp8.recipe} needs")
+    return problems
+
+
+def _check_experts(recipe: Recipe) -> list[str]:
+    moe, parallel = recipe.model.moe, recipe.parallel
+    if moe.experts is None:
+        problems = []
+        if parallel.expert > 1:
+            problems.append(f"parallel.expert: {parallel.expert} ranks share experts, and model.moe.experts is null; "
+                            "set it to 1, or give experts")
+        if moe.hidden_size is not None:
+            problems.append(f"model.moe.hidden_size: {moe.hidden_size} is given, and model.moe.experts is null; leave "
+                            "it out, or give experts")
+        return problems
+    problems = []
+    if moe.top_k > moe.experts:
+        problems.append(f"model.moe.top_k: {moe.top_k} is more than model.moe.experts = {moe.experts}")
+    if moe.experts % parallel.expert:
+        problems.append(f"model.moe.experts: {moe.experts} is not a multiple of {parallel.expert} (parallel.expert = "
+                        f"{parallel.expert} cuts experts)")
+    if parallel.tensor > 1 and not parallel.sequence:
+        problems.append(f"parallel.sequence: false, and experts on parallel.tensor = {parallel.tensor} ranks need true")
+    if recipe.fp8.recipe is not None:
+        problems.append(f"fp8.recipe: {recipe.fp8.recipe} is not possible with model.moe.experts; set it to null")
+    if recipe.train.optimizer == "muon":
+        problems.append("train.optimizer: muon is not possible with model.moe.experts; set it to adamw")
+    return problems
+
+
 def data_ranks(recipe: Recipe, world_size: int) -> int:
     """Data-parallel size: the ranks left when each copy of the model has its own."""
     return world_size // recipe.parallel.model_ranks
@@ -319,6 +433,9 @@ def _check_world(recipe: Recipe, world_size: int) -> list[str]:
     if recipe.train.global_batch_size % share:
         return [f"train.global_batch_size: {recipe.train.global_batch_size} is not a multiple of micro_batch_size x "
                 f"data-parallel ranks = {share}"]
+    sharing = world_size // recipe.parallel.pipeline
+    if sharing % recipe.parallel.expert:
+        return [f"parallel.expert: {recipe.parallel.expert} does not divide the {sharing} ranks of a pipeline stage"]
     count, stages = micro_batches(recipe, world_size), recipe.parallel.pipeline
     if recipe.parallel.virtual_pipeline > 1 and count % stages:
         return [f"train.micro_batch_size: {count} micro-batches a step is not a multiple of parallel.pipeline = "
@@ -439,7 +556,8 @@ def _section_class(cls: type, key: str) -> type | None:
     sections = {(Recipe, "model"): ModelConfig, (Recipe, "data"): DataConfig, (Recipe, "train"): TrainConfig,
                 (Recipe, "parallel"): ParallelConfig, (Recipe, "checkpoint"): CheckpointConfig,
                 (Recipe, "log"): LogConfig, (Recipe, "valid"): ValidConfig, (Recipe, "guard"): GuardConfig,
-                (ModelConfig, "cache"): CacheConfig}
+                (Recipe, "fp8"): Fp8Config, (ModelConfig, "cache"): CacheConfig,
+                (ModelConfig, "moe"): MoeConfig}
     return sections.get((cls, key))
 
 

@@ -17,6 +17,7 @@ if os.path.basename(sys.path[0]) == "tools" and os.path.exists(os.path.join(sys.
 warnings.filterwarnings("ignore", module=r"megatron\..*")
 warnings.filterwarnings("ignore", message=r".*full scope is deprecated.*")
 warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed\..*")
+os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler's library tells when it starts and stops
 logging.getLogger("megatron").setLevel(logging.ERROR)
 logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
 if not os.environ.get("CUDA_VISIBLE_DEVICES") and not os.path.exists("/dev/nvidia0"):

@@ -1,10 +1,13 @@
-"""How fast a recipe trains on this machine, and where the time goes.
+"""How fast a recipe trains on this machine, and where time and memory go.
 
-    python tools/profile.py recipes/hola_340m.yaml [section.key=value ...] [--steps 10] [--trace FILE] [--json FILE]
+    python tools/profile.py recipes/hola_340m.yaml [section.key=value ...] [--data] [--trace FILE] [--json FILE]
     python -m hola_megatron.launch --nproc-per-node 2 tools/profile.py recipes/hola_340m.yaml
+    python tools/profile.py recipes/hola_1b.yaml --sweep train.micro_batch_size=4,8 --sweep train.recompute=none,full
 
-Synthetic tokens by default; --data reads the recipe's own. Times whole optimizer steps after a warm-up, prints
-tokens/s, MFU and HFU by the stated formula (hola_megatron/model/flops.py), peak memory, and the GPU time by part.
+Synthetic tokens by default; --data reads the recipe's own and tells the wait for them. Times whole optimizer steps
+after a warm-up; prints tokens/s, MFU and HFU by the stated formula (hola_megatron/model/flops.py), peak memory by
+phase and the time of every part, as Markdown. --sweep runs every combination of values in processes of its own (on
+--ranks processes through hola_megatron.launch); one that runs out of memory is a row of the table.
 """
 
 from __future__ import annotations
@@ -12,12 +15,11 @@ from __future__ import annotations
 import hola_megatron.quiet  # isort: skip  # noqa: F401
 
 import argparse
+import os
 from pathlib import Path
 
 from hola_megatron.config import load_recipe
-from hola_megatron.errors import run_cli
-from hola_megatron.monitor.profiler import profile_recipe
-from hola_megatron.parallel.groups import stop
+from hola_megatron.errors import RecipeError, run_cli
 
 
 def main() -> None:
@@ -31,10 +33,59 @@ def main() -> None:
     parser.add_argument("--data", action="store_true", help="read the recipe's data instead of synthetic tokens")
     parser.add_argument("--trace", type=Path, default=None, help="write a torch profiler trace of one step here")
     parser.add_argument("--json", type=Path, default=None, help="write all numbers here")
+    parser.add_argument("--markdown", type=Path, default=None, help="write what is printed here")
+    parser.add_argument("--sweep", action="append", metavar="section.key=value,value,...",
+                        help="try these values; with several, every combination")
+    parser.add_argument("--ranks", type=int, default=1, help="processes of each run of a sweep")
+    parser.add_argument("--timeout", type=float, default=900, help="seconds one run of a sweep may take")
     args = parser.parse_intermixed_args()
-    profile_recipe(load_recipe(args.recipe, args.overrides), steps=args.steps, warmup=args.warmup,
-                   micro_batches=args.micro_batches, real_data=args.data, trace=args.trace, json_path=args.json)
+    _check(args)
+    if args.sweep:
+        sweep(args)
+        return
+    from hola_megatron.monitor.profiler import ProfileOptions, profile_recipe
+    from hola_megatron.parallel.groups import stop
+
+    options = ProfileOptions(steps=args.steps, warmup=args.warmup, micro_batches=args.micro_batches,
+                             real_data=args.data, trace=args.trace, json_path=args.json, markdown_path=args.markdown)
+    profile_recipe(load_recipe(args.recipe, args.overrides), options)
     stop()
+
+
+def sweep(args: argparse.Namespace) -> None:
+    from hola_megatron.monitor.sweep import combinations, run_sweep, sweep_json, sweep_table
+
+    settings = combinations(args.sweep)
+    load_recipe(args.recipe, args.overrides)  # what is wrong whatever the combination is told at once
+    arguments = [str(args.recipe), *args.overrides, "--steps", str(args.steps), "--warmup", str(args.warmup)]
+    arguments += ["--micro-batches", str(args.micro_batches)] if args.micro_batches else []
+    arguments += ["--data"] if args.data else []
+    rows = run_sweep(Path(__file__), arguments, settings, ranks=args.ranks, timeout_s=args.timeout,
+                     say=lambda line: print(line, flush=True))
+    text = sweep_table(rows)
+    print(f"\n{text}", flush=True)
+    if args.json:
+        args.json.write_text(sweep_json(rows))
+    if args.markdown:
+        args.markdown.write_text(text + "\n")
+
+
+def _check(args: argparse.Namespace) -> None:
+    problems = [f"--{name}: {value} must be at least {least}"
+                for name, value, least in (("steps", args.steps, 1), ("warmup", args.warmup, 1),
+                                           ("micro-batches", args.micro_batches, 1), ("ranks", args.ranks, 1))
+                if value is not None and value < least]
+    if args.timeout <= 0:
+        problems.append(f"--timeout: {args.timeout} must be above 0")
+    if args.sweep and args.trace:
+        problems.append("--trace: a sweep has no one trace; profile the combination you want to see")
+    if args.sweep and "RANK" in os.environ:
+        problems.append("--sweep: starts processes itself; run it without a launcher, with --ranks")
+    if not args.sweep and args.ranks > 1:
+        problems.append("--ranks: is for --sweep; else start `python -m hola_megatron.launch --nproc-per-node "
+                        f"{args.ranks} tools/profile.py ...`")
+    if problems:
+        raise RecipeError(problems)
 
 
 if __name__ == "__main__":

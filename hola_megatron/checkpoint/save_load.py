@@ -82,7 +82,7 @@ class Saver:
             for piece in its_pieces if gathered else ():
                 if piece.replica:
                     continue
-                for kind in KINDS:
+                for kind in gathered:
                     file = names["weight" if kind == "weight" else "optimizer"]
                     key = piece.name if kind == "weight" else f"{kind}.{piece.name}"
                     value = piece.of(gathered[kind])
@@ -91,7 +91,20 @@ class Saver:
                     length = piece.local_shape[piece.axis]
                     shard = shard_entry(file, key, piece.axis, piece.offset, length)
                     index[kind][piece.name] = {"shape": list(piece.shape), "shards": [shard]}
+        layout = engine.layout
+        if layout.tensor_rank == layout.data_rank == layout.context_rank == 0:
+            for kind, tensors in _besides(engine).items():
+                index[kind] = self._copy_besides(kind, tensors, files[names["optimizer"]], names["optimizer"])
         return Held(files, index, bool(finite))
+
+    def _copy_besides(self, kind: str, tensors: dict[str, Tensor], held: dict[str, Tensor],
+                      file: str) -> dict[str, Any]:
+        index = {}
+        for name, value in tensors.items():
+            key = f"{kind}.{name}"
+            held[key] = self._to_host(file, key, value)
+            index[name] = {"shape": list(value.shape), "shards": [shard_entry(file, key, 0, 0, len(value))]}
+        return index
 
     def _to_host(self, file: str, key: str, value: Tensor) -> Tensor:
         buffer = self._buffers.get((file, key))
@@ -104,15 +117,20 @@ def load(engine: MegatronEngine, checkpoint: Checkpoint) -> TrainerState:
     """Restore this rank's share of weights and optimizer; works for any layout the model can have."""
     readers = {kind: TensorReader(checkpoint.path, checkpoint.manifest["tensors"][kind]) for kind in KINDS}
     _check_shapes(engine.parameter_pieces(), readers["weight"])
+    _check_moments(engine, readers)
     for parameter, its_pieces in _by_parameter(engine.parameter_pieces()):
         values = {}
-        for kind, reader in readers.items():
-            local = torch.empty(parameter.shape, dtype=torch.float32)
+        for kind in engine.state.kinds(parameter):
+            reader = readers[kind]
+            local = torch.zeros(parameter.shape, dtype=torch.float32)  # zero is what padding holds
             for piece in its_pieces:
                 length = piece.local_shape[piece.axis]
                 piece.of(local).copy_(reader.slice(piece.name, piece.axis, piece.offset, length))
             values[kind] = local.to(parameter.device)
         engine.state.restore(parameter, values)
+    for kind, restore in (("fp8", engine.restore_fp8), ("router", engine.restore_biases)):
+        reader = TensorReader(checkpoint.path, checkpoint.manifest["tensors"].get(kind, {}))
+        restore({name: reader.whole(name) for name in reader.names()})
     engine.state.step = checkpoint.manifest["optimizer_step"]
     trainer = checkpoint.manifest["trainer"]
     return TrainerState(**trainer)
@@ -128,9 +146,12 @@ def state_hash(engine: MegatronEngine) -> str:
         gathered = engine.state.gather(parameter, number % engine.state.ranks)
         for piece in its_pieces if gathered else ():
             if not piece.replica:
-                for kind in KINDS:
+                for kind in gathered:
                     part = piece.of(gathered[kind]).cpu().clone()
                     mine.setdefault(f"{kind}/{piece.name}", []).append((piece.axis, piece.offset, part))
+    if engine.layout.tensor_rank == engine.layout.data_rank == engine.layout.context_rank == 0:
+        for kind, tensors in _besides(engine).items():
+            mine |= {f"{kind}/{name}": [(0, 0, value.cpu().clone())] for name, value in tensors.items()}
     everyone: list[Any] = [None] * engine.layout.world
     dist.all_gather_object(everyone, mine)
     digest = hashlib.sha256(str(engine.state.step).encode())
@@ -161,6 +182,20 @@ def _check_shapes(wanted: list[Piece], stored: TensorReader) -> None:
         more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
         raise CheckpointError(f"{stored.folder}: belongs to another model: {problems[0]}{more}; "
                               "use the recipe it was made with")
+
+
+def _besides(engine: MegatronEngine) -> dict[str, dict[str, Tensor]]:
+    """What a resume needs beside parameters and moments, the same on every rank of a pipeline stage."""
+    return {"fp8": engine.fp8_tensors(), "router": engine.router_biases()}
+
+
+def _check_moments(engine: MegatronEngine, stored: dict[str, TensorReader]) -> None:
+    for piece in engine.parameter_pieces():
+        for kind in engine.state.kinds(piece.parameter):
+            if piece.name not in stored[kind].index:
+                raise CheckpointError(f"{stored[kind].folder}: has no {kind} of {piece.name}; it was saved by "
+                                      f"another optimizer than {engine.recipe.train.optimizer}; set train.optimizer to "
+                                      "that one")
 
 
 def _by_parameter(all_pieces: list[Piece]) -> list[tuple[torch.nn.Parameter, list[Piece]]]:

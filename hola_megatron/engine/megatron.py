@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -20,7 +21,7 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
-from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
@@ -28,9 +29,13 @@ from torch import Tensor
 from hola_megatron.config import Recipe, least_part
 from hola_megatron.data.stream import Batch
 from hola_megatron.engine.adam import use_group_step_adam
-from hola_megatron.engine.optimizer_state import OptimizerState
+from hola_megatron.engine.expert_state import optimizer_state, restore_biases, router_biases
+from hola_megatron.engine.fp8_state import fp8_tensors, restore_fp8
+from hola_megatron.engine.muon import muon_optimizer
 from hola_megatron.model.build import build_model
 from hola_megatron.model.documents import Documents
+from hola_megatron.model.logits import logits_copies, piece_rows
+from hola_megatron.model.loss import summed_loss
 from hola_megatron.model.parameters import Piece, pieces
 from hola_megatron.parallel.groups import Layout
 
@@ -68,8 +73,8 @@ class MegatronEngine:
         chunks = build_model(recipe, device=layout.device)
         self.config = chunks[0].config
         self.model = [self._data_parallel(chunk) for chunk in chunks]
-        self.optimizer = get_megatron_optimizer(self._optimizer_config(), self.model)
-        self.state = OptimizerState(self.optimizer, parallel_state.get_data_parallel_group(with_context_parallel=True))
+        self.optimizer = self._build_optimizer()
+        self.state = optimizer_state(self.optimizer, parallel_state.get_data_parallel_group(with_context_parallel=True))
         self.config.finalize_model_grads_func = self._finalize
         self._work = StepTimer(layout.device)
         self.config.grad_scale_func = self.optimizer.scale_loss
@@ -86,6 +91,14 @@ class MegatronEngine:
         return DistributedDataParallel(self.config, DistributedDataParallelConfig(
             grad_reduce_in_fp32=True, use_distributed_optimizer=sharded, overlap_grad_reduce=self._overlap,
             overlap_param_gather=self._overlap and sharded), chunk)
+
+    def _build_optimizer(self) -> MegatronOptimizer:
+        if self.recipe.train.optimizer == "adamw":
+            return get_megatron_optimizer(self._optimizer_config(), self.model)
+        group = parallel_state.get_tensor_model_parallel_group()
+        made = muon_optimizer(self._optimizer_config(), self.model, self.recipe.train, group)
+        self.adam = "Muon, and GroupStepAdam for what is no matrix"
+        return made
 
     def _optimizer_config(self) -> OptimizerConfig:
         train = self.recipe.train
@@ -107,6 +120,7 @@ class MegatronEngine:
             chunk.train()
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
+        biases = {name: bias.clone() for name, bias in router_biases(self.model).items()}
         total, tokens = self._run(batches, forward_only=False)
         self.optimizer.prepare_grads()
         grad_norm = float(self.optimizer.get_grad_norm())
@@ -114,8 +128,9 @@ class MegatronEngine:
         problem = judge(loss, grad_norm)
         if self._all_agree(problem is None):
             self._update(grad_norm, learning_rate)
-        elif problem is None:
-            problem = "another rank found bad numbers"
+        else:
+            restore_biases(self.model, biases)  # they have followed the batch already
+            problem = problem or "another rank found bad numbers"
         return StepResult(loss, grad_norm, int(tokens), problem)
 
     @property
@@ -138,11 +153,21 @@ class MegatronEngine:
 
     @torch.no_grad()
     def evaluate(self, batches: list[Batch]) -> tuple[float, int]:
-        """(summed loss, tokens) over this step's batches of all ranks."""
+        """(summed loss, tokens) over this step's batches of all ranks, without fp8."""
         for chunk in self.model:
             chunk.eval()
-        total, tokens = self._run(self._whole_rounds(batches), forward_only=True)
+        with self._without_fp8():
+            total, tokens = self._run(self._whole_rounds(batches), forward_only=True)
         return total, int(tokens)
+
+    @contextmanager
+    def _without_fp8(self) -> Iterator[None]:
+        """See the model as it is exported: in bf16, at any length, and with no trace in the scales of delayed fp8."""
+        wanted, self.config.fp8 = self.config.fp8, None
+        try:
+            yield
+        finally:
+            self.config.fp8 = wanted
 
     def _whole_rounds(self, batches: list[Batch]) -> list[Batch]:
         """The interleaved schedule takes multiples of the pipeline's length: fill up with batches that do not count."""
@@ -166,10 +191,29 @@ class MegatronEngine:
             return model(part, None, None), lambda output, non_loss_data=False: output[0, last].float()
 
         count = self.layout.pipeline if len(self.model) > 1 else 1
-        found = get_forward_backward_func()(
-            forward_step_func=forward, data_iterator=[None] * len(self.model), model=self.model, num_microbatches=count,
-            seq_length=row.shape[1], micro_batch_size=1, forward_only=True, collect_non_loss_data=True)
+        with self._without_fp8():
+            found = get_forward_backward_func()(
+                forward_step_func=forward, data_iterator=[None] * len(self.model), model=self.model,
+                num_microbatches=count, seq_length=row.shape[1], micro_batch_size=1, forward_only=True,
+                collect_non_loss_data=True)
         return self._whole_vocabulary(found[0] if found else None, holder)
+
+    def fp8_tensors(self) -> dict[str, Tensor]:
+        """What the delayed fp8 recipe remembers, by public name; equal on all ranks of a pipeline stage."""
+        return fp8_tensors(self.model) if self.recipe.fp8.recipe == "delayed" else {}
+
+    def restore_fp8(self, stored: dict[str, Tensor]) -> None:
+        if self.recipe.fp8.recipe == "delayed":
+            from megatron.core.fp8_utils import get_fp8_recipe
+
+            restore_fp8(self.model, get_fp8_recipe(self.config), stored)
+
+    def router_biases(self) -> dict[str, Tensor]:
+        """By public name; equal on all ranks of a pipeline stage."""
+        return router_biases(self.model)
+
+    def restore_biases(self, stored: dict[str, Tensor]) -> None:
+        restore_biases(self.model, stored)
 
     def parameter_pieces(self) -> list[Piece]:
         return pieces(self.model, self.layout.tensor_rank, self.layout.tensor)
@@ -197,8 +241,28 @@ class MegatronEngine:
             tokens, labels, mask = (x.reshape(1, -1) for x in (tokens, labels, mask))
         # the peers of a context-parallel group read the same samples, and each keeps one part of every row
         tokens, labels, mask = (x.chunk(ranks, 1)[rank] for x in (tokens, labels, mask))
-        output = model(tokens, None, None, labels=labels, packed_seq_params=documents)
-        return output, partial(_masked_sum, mask)
+        rows = self._logit_rows(labels.numel())
+        if rows is None:
+            output = model(tokens, None, None, labels=labels, packed_seq_params=documents)
+            return output, partial(_masked_sum, mask)
+        output = model(tokens, None, None, labels=labels, packed_seq_params=documents, loss_mask=mask,
+                       output_processor=partial(self._loss_in_pieces, rows))
+        return output, partial(_known_sum, mask)
+
+    def _logit_rows(self, tokens: int) -> int | None:
+        """Tokens whose logits are made at once; None: of all, by Megatron's (or Transformer Engine's) own loss."""
+        model, number = self.recipe.model, self.config.params_dtype.itemsize
+        copies = logits_copies(number, self.config.cross_entropy_loss_fusion)
+        return piece_rows(tokens, model.vocab_size // self.layout.tensor, number, copies,
+                          self.recipe.train.logits_budget_gb)
+
+    def _loss_in_pieces(self, rows: int, *, hidden_states: Tensor, output_layer: Any, output_weight: Tensor | None,
+                        labels: Tensor, loss_mask: Tensor, **_: Any) -> Tensor:
+        """Megatron's model calls this in place of its output layer and loss."""
+        return summed_loss(
+            hidden=hidden_states, weight=output_layer.weight if output_weight is None else output_weight, labels=labels,
+            mask=loss_mask, rows=rows, group=parallel_state.get_tensor_model_parallel_group(),
+            sequence_parallel=self.config.sequence_parallel, backend=self.recipe.model.backend)
 
     def _sum_over_ranks(self, results: list[dict[str, Tensor]]) -> tuple[float, float]:
         """(summed loss, tokens) over micro-batches and data ranks, known to every pipeline stage."""
@@ -258,6 +322,11 @@ class StepTimer:
             self._marks[which].record()
         else:
             self._marks[which] = time.perf_counter()
+
+
+def _known_sum(mask: Tensor, total: Tensor, non_loss_data: bool = False) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    tokens = mask.sum()
+    return total, tokens.int(), {"sums": torch.stack([total.detach().float(), tokens])}
 
 
 def _masked_sum(mask: Tensor, losses: Tensor, non_loss_data: bool = False) -> tuple[Tensor, Tensor, dict[str, Tensor]]:

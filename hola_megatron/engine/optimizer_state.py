@@ -36,12 +36,13 @@ class OptimizerState:
     def gather(self, parameter: nn.Parameter, writer: int) -> dict[str, Tensor] | None:
         """{"weight", "exp_avg", "exp_avg_sq"} float32 in the parameter's shape, on data rank `writer` (None elsewhere).
 
-        A collective over the data-parallel group with the distributed optimizer.
+        Without "exp_avg_sq" where the optimizer has none of this parameter (Muon). A collective over the data-parallel
+        group with the distributed optimizer.
         """
         held = self._held(parameter)
         here = dist.get_rank(self.group) == writer
         if not self.distributed:
-            return {name: held[name].detach() for name in ("weight", *STATES)} if here else None
+            return {name: value.detach() for name, value in held.items()} if here else None
         start, end = self._range(parameter)
         gathered = {}
         for name in ("weight", *STATES):
@@ -52,6 +53,10 @@ class OptimizerState:
             dist.reduce(whole, dist.get_global_rank(self.group, writer), group=self.group)
             gathered[name] = whole.view(torch.float32).view(parameter.shape)
         return gathered if here else None
+
+    def kinds(self, parameter: nn.Parameter) -> tuple[str, ...]:
+        """What is held of a parameter, on whichever data rank: "weight" and moments."""
+        return ("weight", *STATES) if self.distributed else tuple(self._held(parameter))
 
     @torch.no_grad()
     def restore(self, parameter: nn.Parameter, values: dict[str, Tensor]) -> None:
@@ -85,7 +90,8 @@ class OptimizerState:
             return {"weight": shard.view(-1), **{name: state[name].view(-1) for name in STATES}}
         mixed = isinstance(self.inner, Float16OptimizerWithFloat16Params) and parameter.dtype != torch.float32
         main = parameter.main_param if mixed else parameter
-        return {"weight": main, **{name: self.inner.optimizer.state[main][name] for name in STATES}}
+        state = self.inner.optimizer.state[main]
+        return {"weight": main, **{name: state[name] for name in STATES if name in state}}
 
     def _find_shards(self) -> dict[nn.Parameter, Tensor]:
         """The float32 shard of every parameter the distributed optimizer holds here.

@@ -6,6 +6,7 @@ from dataclasses import asdict
 from typing import Any
 
 from hola_megatron.config import Recipe
+from hola_megatron.errors import CheckpointError
 from hola_megatron.hf.configuration_hola import HolaConfig
 
 # recipe field -> HolaConfig field; what is not here (layer_spec) does not change what is computed
@@ -23,7 +24,10 @@ FREE = ("init_std", "cache.gate_init", "backend", "layer_spec")
 
 
 def config_of(recipe: Recipe, **more: Any) -> HolaConfig:
-    """The HolaConfig of a recipe's model; `more` are token ids and the like."""
+    """The HolaConfig of a recipe's model; `more` are token ids and the like. CheckpointError where there is none."""
+    if recipe.model.moe.experts is not None:
+        raise CheckpointError(f"model.moe.experts: {recipe.model.moe.experts}: models with experts have no exported "
+                              "form yet (no generation, no evaluation); validation during training measures them")
     model = asdict(recipe.model)
     values = {name: model[field] for field, name in MODEL.items()}
     values |= {name: model["cache"][field] for field, name in CACHE.items()}

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from hola_megatron.checkpoint.folder import Checkpoint
 from hola_megatron.checkpoint.tensors import TensorReader
-from hola_megatron.config import ParallelConfig, Recipe, build_recipe
+from hola_megatron.config import Fp8Config, ParallelConfig, Recipe, build_recipe
 from hola_megatron.errors import CheckpointError
 from hola_megatron.hf import auto
 from hola_megatron.hf.shape import differences, model_section
@@ -128,9 +128,10 @@ def _megatron_logits(recipe: Recipe, checkpoint: Checkpoint, tokens: Tensor, sto
 
 
 def _alone(recipe: Recipe) -> Recipe:
-    """The recipe on one process, in float32, on the torch operations and Megatron's own linear layers."""
+    """The recipe on one process, in float32 without fp8, on the torch operations and Megatron's own linear layers."""
     return dataclasses.replace(
-        recipe, parallel=ParallelConfig(), train=dataclasses.replace(recipe.train, precision="fp32", recompute="none"),
+        recipe, parallel=ParallelConfig(), fp8=Fp8Config(),
+        train=dataclasses.replace(recipe.train, precision="fp32", recompute="none"),
         model=dataclasses.replace(recipe.model, backend="torch", layer_spec="local"))
 
 

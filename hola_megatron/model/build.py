@@ -51,14 +51,24 @@ def _build_chunk(recipe: Recipe, config: HolaTransformerConfig, stage: int | Non
             # Transformer Engine adds weight gradients up inside its matrix products; Megatron's own output
             # projection would want apex for the same, so the common configuration leaves it off
             module.fuse_wgrad_accumulation = True
-    rows = recipe.model.mlp_hidden_size // recipe.parallel.tensor
     for layer in chunk.decoder.layers:
-        layer.mlp.linear_fc1.weight.sections = (Section("gate", rows), Section("up", rows))
+        for weight in _gated_weights(layer.mlp):
+            rows = weight.shape[0] // 2
+            weight.sections = (Section("gate", rows), Section("up", rows))
     return chunk
 
 
+def _gated_weights(mlp: nn.Module) -> list[nn.Parameter]:
+    """The fused gate and up projections: of the one MLP, or of each expert on this rank."""
+    if not hasattr(mlp, "experts"):
+        return [mlp.linear_fc1.weight]
+    if hasattr(mlp.experts, "local_experts"):
+        return [expert.linear_fc1.weight for expert in mlp.experts.local_experts]
+    return [getattr(mlp.experts.linear_fc1, f"weight{i}") for i in range(mlp.num_local_experts)]
+
+
 def count_parameters(chunks: list[nn.Module]) -> dict[str, int]:
-    """Whole-model parameters by part, from one rank that holds every layer (pipeline 1).
+    """Whole-model parameters by part, from one rank that has a share of every layer (pipeline 1).
 
     Parts: embedding, mixer, exact_cache, mlp, norms, output; and their total.
     """
@@ -68,6 +78,8 @@ def count_parameters(chunks: list[nn.Module]) -> dict[str, int]:
         size = 1
         for n in piece.shape:
             size *= n
+        if piece.is_expert:  # the other expert-parallel ranks have as many others
+            size *= parallel_state.get_expert_model_parallel_world_size()
         counts[_part(piece.name)] += size
     counts["total"] = sum(counts.values())
     return dict(counts)

@@ -4,7 +4,8 @@
         H or G layer:  2 * W (2 H K + H V)  convolution      + 6 H K V  state
         H layer also:  2 (K + V) H P        exact read
         A layer:       2 (K + V) H P_full   softmax attention, causal half
-N_matmul counts each linear's weights once (output projection in, embedding look-up out).
+N_matmul counts each linear's weights once (output projection in, embedding look-up out; of experts those a token
+goes to, and the router).
 P is the mean number of visible causal pairs of a token. Forward work is tripled for the
 backward. Not counted: padding, recompute, norms, selection.
 """
@@ -20,13 +21,20 @@ PEAK_TFLOPS = {"NVIDIA H100 80GB HBM3": 989.4, "NVIDIA H100 PCIe": 756.0, "NVIDI
 
 
 def matmul_parameters(model: ModelConfig) -> int:
-    """Weights of all linears, each counted once; the tied or untied output projection included."""
-    width, mlp = model.hidden_size, 3 * model.hidden_size * model.mlp_hidden_size
+    """Weights of all linears that a token meets, each counted once; the tied or untied output projection included."""
+    width, mlp = model.hidden_size, mlp_matmul_parameters(model)
     key, value = model.heads * model.key_dim, model.heads * model.value_dim
     delta = width * (2 * key + 3 * value + model.heads * (2 if model.decay else 1))
     attention = 4 * width * width
     mixers = sum(attention if kind == "A" else delta for kind in model.layer_kinds)
     return mixers + model.layers * mlp + width * model.vocab_size
+
+
+def mlp_matmul_parameters(model: ModelConfig) -> int:
+    """Of one layer's MLP; with experts, of the router and the experts that a token goes to."""
+    if model.moe.experts is None:
+        return 3 * model.hidden_size * model.mlp_hidden_size
+    return model.hidden_size * (model.moe.experts + model.moe.top_k * 3 * model.expert_hidden_size)
 
 
 def mean_visible_pairs(length: int, block: int, slots: int) -> float:

@@ -26,15 +26,16 @@ from torch import Tensor, nn
 from hola_kernels import gated_delta_rule, gated_rms_norm, hola_attention, short_conv
 from hola_megatron.model.config import HolaTransformerConfig
 from hola_megatron.model.documents import Documents
+from hola_megatron.model.padding import projection_padding
 from hola_megatron.model.parameters import Section
 from hola_megatron.model.rotary import rotate
-from hola_megatron.parallel.collectives import Gathering
 from hola_megatron.parallel.context import (
     OverRanks,
     attention_over_ranks,
     conv_tail,
     gated_delta_over_ranks,
     hola_attention_over_ranks,
+    send_conv_tail,
     start_state_exchange,
 )
 from hola_megatron.parallel.part import Part
@@ -63,12 +64,15 @@ class Mixer(MegatronModule):
     def _build_projections(self, submodules: MixerSubmodules, sections: dict[str, int], width_out: int) -> None:
         """sections: rows of the fused input projection on this rank, by name; width_out: D_in of the output's."""
         config = self.config
-        self.sections = list(sections.values())
+        rows = sum(sections.values())
+        self.sections = [*sections.values(), projection_padding(rows)]
         shared = dict(config=config, bias=False, is_expert=False, tp_group=self.tp_group)
         self.in_proj = build_module(
             submodules.in_proj, config.hidden_size, sum(self.sections) * self.tp_size, init_method=config.init_method,
             gather_output=False, skip_bias_add=False, tp_comm_buffer_name="qkv", **shared)
-        self.in_proj.weight.sections = tuple(Section(name, rows) for name, rows in sections.items())
+        # the padding is part of no section
+        self.in_proj.weight.sections = tuple(Section(name, size) for name, size in sections.items())
+        self.in_proj.weight.data[rows:].zero_()
         self.out_proj = build_module(
             submodules.out_proj, width_out * self.tp_size, config.hidden_size, init_method=config.init_method,
             input_is_parallel=True, skip_bias_add=True, tp_comm_buffer_name="proj", **shared)
@@ -162,20 +166,21 @@ class DeltaMixer(Mixer):
         return normed.flatten(-2)
 
     def _tokens(self, projected_BSF: Tensor, cuts: Tensor | None,
-                over: OverRanks | None) -> tuple[dict[str, Tensor], Tensor, Gathering | None]:
+                over: OverRanks | None) -> tuple[dict[str, Tensor], Tensor, Any]:
         """q, k, v, log_decay and beta of every token, the output gate [B, S, H, V], and the states' exchange if any."""
         model, heads = self.model, self.model.heads // self.tp_size
+        leaving = None
+        if over is not None:  # under way while the decays are computed
+            projected_BSF, leaving = send_conv_tail(projected_BSF, model.conv_width, sum(self.sections[:3]), over)
         *qkv, gate, rest = projected_BSF.split([*self.sections[:4], sum(self.sections[4:])], -1)
         beta = rest[..., :heads].float().sigmoid()
         if model.decay:
-            log_decay = -self.A_log.exp() * F.softplus(rest[..., heads:].float() + self.dt_bias)
+            log_decay = -self.A_log.exp() * F.softplus(rest[..., heads: 2 * heads].float() + self.dt_bias)
         else:
             log_decay = torch.zeros_like(beta)
         tails = [None] * 3
-        if over is not None and model.conv_width > 1:
-            # a slice of its own: cutting q|k|v out together first would cost one more pass over them in backward
-            last = projected_BSF[:, -model.conv_width:, : sum(self.sections[:3])]
-            tails = conv_tail(last, model.conv_width, over).split(self.sections[:3], -1)
+        if leaving is not None:
+            tails = conv_tail(leaving, model.conv_width, projected_BSF.shape[0], over).split(self.sections[:3], -1)
         # one convolution a section, so that each of q, k, v comes out in one piece of memory
         weights = self.conv_weight.split(self.sections[:3])
         inputs = list(zip(qkv, weights, tails, strict=True))
@@ -185,11 +190,14 @@ class DeltaMixer(Mixer):
             y = short_conv(x=x, weight=weight, cu_seqlens=cuts, tail=before, backend=model.backend)
             return self._split_heads(y, width)
 
-        tokens = {"k": convolved(1, model.key_dim), "v": convolved(2, model.value_dim), "log_decay": log_decay,
-                  "beta": beta}
-        # under way while q is convolved
-        maps = None if over is None else start_state_exchange(**tokens, over=over, backend=model.backend)
-        tokens["q"] = convolved(0, model.key_dim)
+        widths = {"q": model.key_dim, "k": model.key_dim, "v": model.value_dim}
+        tokens = {name: convolved(section, width) for section, (name, width) in enumerate(widths.items())}
+        tokens |= {"log_decay": log_decay, "beta": beta}
+        maps = None
+        if over is not None:
+            maps = start_state_exchange(**tokens, over=over, backend=model.backend,
+                                        score=model.cache.score if self.exact_cache else None)
+            gate = gate.contiguous()  # the output norm needs it so: a copy while the maps travel
         return tokens, self._split_heads(gate, model.value_dim), maps
 
     def cache_arguments(self) -> dict[str, Any]:
@@ -212,7 +220,7 @@ class AttentionMixer(Mixer):
         self._build_projections(submodules, {"q": rows, "k": rows, "v": rows}, rows)
 
     def mix(self, projected_BSF: Tensor, cuts: Tensor | None, over: OverRanks | None) -> Tensor:
-        q, k, v = (self._split_heads(x, self.head_dim) for x in projected_BSF.chunk(3, -1))
+        q, k, v = (self._split_heads(x, self.head_dim) for x in projected_BSF.split(self.sections, -1)[:3])
         if self.model.rope_theta is not None:
             q, k = rotate(q, k, self.model.rope_theta, cuts, over.part.before if over else 0)
         if over is not None:

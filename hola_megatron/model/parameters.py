@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -35,6 +36,9 @@ LAYER_RENAME = {
     "mlp.linear_fc1.weight": "mlp.{}_proj.weight",
     "mlp.linear_fc2.weight": "mlp.down_proj.weight",
 }
+# one after the other, or Transformer Engine's grouped: which linear and which expert of this rank
+EXPERT_NAMES = (re.compile(r"mlp\.experts\.local_experts\.(?P<at>\d+)\.(?P<linear>linear_fc\d)\.weight"),
+                re.compile(r"mlp\.experts\.(?P<linear>linear_fc\d)\.weight(?P<at>\d+)"))
 
 
 @dataclass(frozen=True)
@@ -62,6 +66,11 @@ class Piece:
     offset: int
     shape: tuple[int, ...]
     replica: bool
+
+    @property
+    def is_expert(self) -> bool:
+        """Held by one expert-parallel rank, whole."""
+        return ".mlp.experts." in self.name
 
     @property
     def local_shape(self) -> tuple[int, ...]:
@@ -103,8 +112,17 @@ def _public_name(name: str, chunk: nn.Module) -> str:
         return RENAME["embedding.word_embeddings.weight" if tied else name]
     _, _, local, rest = name.split(".", 3)  # decoder.layers.N.rest
     layer = chunk.decoder.layers[int(local)].layer_number - 1
+    if match := next(filter(None, (pattern.fullmatch(rest) for pattern in EXPERT_NAMES)), None):
+        number = chunk.decoder.layers[int(local)].mlp.local_expert_indices[int(match["at"])]
+        rest = f"mlp.{match['linear']}.weight"
+        return f"model.layers.{layer}.{LAYER_RENAME[rest]}".replace(".mlp.", f".mlp.experts.{number}.")
     short = LAYER_RENAME.get(rest, rest.replace("self_attention.", "mixer."))
     return f"model.layers.{layer}.{short}"
+
+
+def public_module_name(name: str, chunk: nn.Module) -> str:
+    """A linear of a model chunk as checkpoints name it: model.layers.N.mixer.in_proj."""
+    return _public_name(f"{name}.", chunk).removesuffix(".")
 
 
 def place_name(module_name: str, chunk: nn.Module) -> str:
@@ -117,10 +135,11 @@ def place_name(module_name: str, chunk: nn.Module) -> str:
 
 
 def _pieces_of(name: str, parameter: nn.Parameter, copied: bool, tensor_rank: int, tensor: int) -> Iterator[Piece]:
-    split = getattr(parameter, "tensor_model_parallel", False) and tensor > 1
+    is_expert = ".mlp.experts." in name  # whole, and by its marks cut over tensor ranks as any linear's weight
+    split = getattr(parameter, "tensor_model_parallel", False) and tensor > 1 and not is_expert
     axis = parameter.partition_dim if split else 0
     rank, ranks = (tensor_rank, tensor) if split else (0, 1)
-    replica = copied or (not split and tensor_rank > 0)
+    replica = copied or (not split and not is_expert and tensor_rank > 0)
     sections = getattr(parameter, "sections", None) or (Section("", parameter.shape[0]),)
     start = 0
     for section in sections:

@@ -37,17 +37,28 @@ def print_banner(recipe: Recipe, layout: Layout, engine: MegatronEngine, mixture
                  f"{short(matmul_parameters(model))} matmul parameters",
         "flops": f"{flops / 1e9:.3g} GFLOP a token, {flops * tokens:.2e} in all",
         "layout": f"{layout.describe()}; {micro_batches(recipe, layout.world)} micro-batches of "
-                  f"{train.micro_batch_size} x {train.sequence_length} tokens on each of {layout.data} data ranks",
+                  f"{train.micro_batch_size} x {train.sequence_length} tokens on each of {layout.data} data ranks"
+                  + (f"; experts over {recipe.parallel.expert} ranks" if recipe.parallel.expert > 1 else ""),
         "steps": f"{train.steps:,} of {short(recipe.tokens_per_step)} tokens = {short(tokens)} "
                  f"({tokens / max(data_size, 1):.2f} epochs)",
         "data": f"{', '.join(d.path for d in mixture.datasets)}: {short(data_size)} tokens, fingerprint "
                 f"{mixture.fingerprint[:12]}, documents {recipe.data.documents}",
         "kernels": f"{kernels} ({why})",
-        "layers": f"{spec} ({spec_why}); optimizer {engine.adam}",
+        "layers": f"{spec} ({spec_why}); {_products(recipe)}; optimizer {engine.adam}",
         "device": f"{device_name(layout.device)}, " + (
             f"peak {peak / 1e12:.0f} TFLOP/s" if peak else "no peak known: MFU is not shown (log.peak_tflops sets it)"),
     }
     print("\n".join(f"{name:>8}  {text}" for name, text in lines.items()), flush=True)
+
+
+def _products(recipe: Recipe) -> str:
+    """What precision the layers' matrix products have."""
+    fp8, layers = recipe.fp8, recipe.model.layers
+    if fp8.recipe is None:
+        return f"matrix products {recipe.train.precision}"
+    first, last = fp8.first_layers_bf16, fp8.last_layers_bf16
+    rest = f", bf16 in the first {first} and last {last} of {layers} layers" if first or last else ""
+    return f"matrix products fp8 ({fp8.recipe} scaling{rest})"
 
 
 def _runs(kinds: str) -> str:

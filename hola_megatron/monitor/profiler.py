@@ -1,105 +1,154 @@
-"""Timing a recipe: steps after warm-up, memory by phase, GPU time by part. Behind tools/profile.py."""
+"""Timing a recipe: steps after warm-up, data wait, memory by phase, time by part. Behind tools/profile.py."""
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
+import os
 import statistics
+import tempfile
 import time
 from collections import defaultdict
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from hola_megatron.config import Recipe, data_ranks
 from hola_megatron.config import micro_batches as recipe_micro_batches
 from hola_megatron.data.stream import Batch, BatchLoader
-from hola_megatron.errors import RecipeError
+from hola_megatron.errors import RecipeError, UserError
 from hola_megatron.model.flops import executed_flops_per_token, flops_per_token, peak_flops
-from hola_megatron.monitor.console import code_version, device_name, memory_gb, short
+from hola_megatron.monitor.console import code_version, device_name, memory_gb
+from hola_megatron.monitor.memory_phases import MemoryPhases
+from hola_megatron.monitor.part_ranges import STEP, named_parts
+from hola_megatron.monitor.part_times import IDLE, PartTimes, Work, part_times, read_trace
+from hola_megatron.monitor.profile_report import report
 from hola_megatron.parallel.groups import Layout, start
 
-# first match wins: (part, what a GPU kernel's name contains)
-PARTS = (
-    ("communication", ("nccl",)),
-    ("exact read and selection", ("select", "read", "query_gradient", "key_gradient", "pair_gradient", "top_slots",
-                                  "inverse_norm", "delta_kernel")),
-    ("state", ("walk", "prepare", "recompute", "chunk_grad", "states")),
-    ("short convolution", ("conv", "strip")),
-    ("output norm", ("gated",)),
-    ("norms", ("rms_norm", "rmsnorm", "layer_norm", "layernorm")),
-    ("matrix products", ("gemm", "nvjet", "cutlass", "cublas", "matmul", "xmma")),
-    ("optimizer", ("adam", "multi_tensor", "lpnorm")),
-    ("softmax attention", ("flash", "fmha", "attention")),
-    ("copies", ("memcpy", "memset", "copy")),
-)
+TOP_KERNELS = 24
 
 
-def profile_recipe(recipe: Recipe, *, steps: int, warmup: int, micro_batches: int | None, real_data: bool,
-                   trace: Path | None, json_path: Path | None) -> dict[str, Any]:
-    """Time `steps` optimizer steps; rank 0 prints and returns the numbers."""
-    world_steps = micro_batches
-    if micro_batches is not None:
-        recipe = _with_micro_batches(recipe, micro_batches)
+class OutOfMemory(UserError):
+    """A step does not fit on the device."""
+
+
+@dataclass(frozen=True)
+class ProfileOptions:
+    """What tools/profile.py was asked for.
+
+    micro_batches: a rank's for a step, None for the recipe's. parts: also trace a step for the time of its parts.
+    """
+
+    steps: int = 10
+    warmup: int = 3
+    micro_batches: int | None = None
+    real_data: bool = False
+    parts: bool = True
+    trace: Path | None = None
+    json_path: Path | None = None
+    markdown_path: Path | None = None
+
+
+def profile_recipe(recipe: Recipe, options: ProfileOptions) -> dict[str, Any]:
+    """Time whole optimizer steps; rank 0 prints, writes and returns the numbers.
+
+    Raises RecipeError where MFU's peak is not known, OutOfMemory (after noting it in the JSON file).
+    """
+    if options.micro_batches is not None:
+        recipe = _with_micro_batches(recipe, options.micro_batches)
     layout = start(recipe)
     peak = peak_flops(device_name(layout.device), recipe.log.peak_tflops)
     if layout.device.type == "cuda" and peak is None:
         raise RecipeError(f"log.peak_tflops: the peak of {device_name(layout.device)} is not known; give its dense "
                           "bf16 TFLOP/s, MFU is never guessed")
+    with _out_of_memory_told(recipe, options):
+        numbers = _measure(recipe, layout, peak, options)
+    if layout.is_main:
+        text = report(numbers)
+        print(f"\n{text}", flush=True)
+        if options.markdown_path:
+            options.markdown_path.write_text(text + "\n")
+        if options.json_path:
+            options.json_path.write_text(json.dumps(numbers, indent=1))
+    return numbers
+
+
+def _measure(recipe: Recipe, layout: Layout, peak: float | None, options: ProfileOptions) -> dict[str, Any]:
     from hola_megatron.engine.megatron import MegatronEngine
 
     began = time.perf_counter()
-    engine = MegatronEngine(recipe, layout)
+    memory = MemoryPhases(layout.device)
+    with memory.weights_noted():
+        engine = MegatronEngine(recipe, layout)
     built = time.perf_counter() - began
-    batches = _batches(recipe, layout, real_data)
-    times, first = _time_steps(engine, batches, recipe, warmup, steps)
-    median = statistics.median(times)
-    tokens = recipe.tokens_per_step
-    speed = tokens / median
+    feed = _feed(recipe, layout, options.real_data)
+    seconds = _time_steps(engine, feed, recipe, options)
+    numbers = _speed(recipe, layout, peak, seconds, options) | {
+        "adam": engine.adam, "build_s": built, "first_step_s": seconds[0].total,
+        "memory_gb": memory_gb(layout.device)[0]}
+    with memory.watched(engine):
+        engine.train_step(feed(), recipe.train.learning_rate)
+    numbers["memory"] = _most_over_ranks(memory.bytes, layout)
+    if options.parts:
+        numbers |= _parts(_trace_one_step(engine, feed, recipe, options), numbers, on_gpu=memory.measured)
+    return numbers
+
+
+def _speed(recipe: Recipe, layout: Layout, peak: float | None, seconds: list[StepSeconds],
+           options: ProfileOptions) -> dict[str, Any]:
+    timed = seconds[options.warmup:]
+    totals = [step.total for step in timed]
+    median = statistics.median(totals)
+    speed = recipe.tokens_per_step / median
     numbers = {
         "recipe": recipe.name, "device": device_name(layout.device), "ranks": layout.world, "layout": layout.describe(),
-        "code": code_version(), "torch": torch.__version__, "adam": engine.adam,
-        "micro_batches": world_steps or recipe_micro_batches(recipe, layout.world),
+        "code": code_version(), "torch": torch.__version__, "data": "real" if options.real_data else "synthetic",
+        "micro_batches": recipe_micro_batches(recipe, layout.world), "recompute": recipe.train.recompute,
         "micro_batch_size": recipe.train.micro_batch_size, "sequence_length": recipe.train.sequence_length,
-        "ms_per_step": 1e3 * median, "ms_fastest": 1e3 * min(times), "ms_slowest": 1e3 * max(times),
-        "tokens_per_second": speed, "tokens_per_second_per_rank": speed / layout.world,
-        "first_step_s": first, "build_s": built, "memory_gb": memory_gb(layout.device)[0],
+        "steps": options.steps, "ms_per_step": 1e3 * median, "ms_fastest": 1e3 * min(totals),
+        "ms_slowest": 1e3 * max(totals), "tokens_per_second": speed, "tokens_per_second_per_rank": speed / layout.world,
         "flops_per_token": flops_per_token(recipe.model, recipe.train.sequence_length)}
+    if options.real_data:
+        numbers["data_wait_ms"] = 1e3 * statistics.median(step.waiting for step in timed)
     if peak:
         numbers["mfu"] = speed * numbers["flops_per_token"] / (peak * layout.world)
         numbers["hfu"] = speed * executed_flops_per_token(recipe) / (peak * layout.world)
         numbers["peak_tflops"] = peak / 1e12
-    if layout.device.type == "cuda":
-        numbers["share"] = _share_by_part(engine, batches, recipe, trace)
-    if layout.is_main:
-        _print(numbers)
-        if json_path:
-            json_path.write_text(json.dumps(numbers, indent=1))
     return numbers
 
 
 def _with_micro_batches(recipe: Recipe, count: int) -> Recipe:
-    import os
-
     ranks = data_ranks(recipe, int(os.environ.get("WORLD_SIZE", "1")))
     train = dataclasses.replace(recipe.train, global_batch_size=count * recipe.train.micro_batch_size * max(ranks, 1))
     return dataclasses.replace(recipe, train=train)
 
 
-def _batches(recipe: Recipe, layout: Layout, real_data: bool) -> list[Batch]:
-    """The micro-batches of one step, used again and again."""
-    count, size, length = recipe_micro_batches(recipe, layout.world), recipe.train.micro_batch_size, \
-        recipe.train.sequence_length
-    if real_data:
-        from hola_megatron.trainer import open_data
+Feed = Callable[[], list[Batch]]
 
-        loader = BatchLoader(open_data(recipe).mixture, data_rank=layout.data_rank, data_size=layout.data,
-                             micro_batch_size=size, micro_batches=count, documents=recipe.data.documents)
-        return next(loader)
+
+def _feed(recipe: Recipe, layout: Layout, real_data: bool) -> Feed:
+    """Where a step's micro-batches come from: the recipe's loader, or the same random tokens again and again."""
+    if not real_data:
+        batches = _synthetic(recipe, layout)
+        return lambda: batches
+    from hola_megatron.trainer import open_data
+
+    loader = BatchLoader(open_data(recipe).mixture, data_rank=layout.data_rank, data_size=layout.data,
+                         micro_batch_size=recipe.train.micro_batch_size,
+                         micro_batches=recipe_micro_batches(recipe, layout.world), documents=recipe.data.documents)
+    return lambda: next(loader)
+
+
+def _synthetic(recipe: Recipe, layout: Layout) -> list[Batch]:
+    size, length = recipe.train.micro_batch_size, recipe.train.sequence_length
     generator = torch.Generator().manual_seed(layout.data_rank)
     batches = []
-    for _ in range(count):
+    for _ in range(recipe_micro_batches(recipe, layout.world)):
         tokens = torch.randint(0, recipe.model.vocab_size, (size, length + 1), generator=generator)
         cuts = torch.arange(0, size * length + 1, length, dtype=torch.int32)
         batches.append(Batch(tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous(), torch.ones(size, length),
@@ -107,17 +156,26 @@ def _batches(recipe: Recipe, layout: Layout, real_data: bool) -> list[Batch]:
     return batches
 
 
-def _time_steps(engine: Any, batches: list[Batch], recipe: Recipe, warmup: int,
-                steps: int) -> tuple[list[float], float]:
-    """Seconds of each timed step, and of the very first one (which compiles kernels)."""
-    times = []
-    for _ in range(warmup + steps):
+@dataclass(frozen=True)
+class StepSeconds:
+    """waiting: for the data; total: with it."""
+
+    waiting: float
+    total: float
+
+
+def _time_steps(engine: Any, feed: Feed, recipe: Recipe, options: ProfileOptions) -> list[StepSeconds]:
+    """Every step from the very first (which compiles kernels), the warm-up included."""
+    seconds = []
+    for _ in range(options.warmup + options.steps):
         _sync(engine.layout)
         began = time.perf_counter()
+        batches = feed()
+        waited = time.perf_counter() - began
         engine.train_step(batches, recipe.train.learning_rate)
         _sync(engine.layout)
-        times.append(time.perf_counter() - began)
-    return times[warmup:], times[0]
+        seconds.append(StepSeconds(waited, time.perf_counter() - began))
+    return seconds
 
 
 def _sync(layout: Layout) -> None:
@@ -125,47 +183,65 @@ def _sync(layout: Layout) -> None:
         torch.cuda.synchronize()
 
 
-def _share_by_part(engine: Any, batches: list[Batch], recipe: Recipe, trace: Path | None) -> dict[str, float]:
-    """GPU milliseconds of one step by part, largest first, and "idle": time no kernel ran."""
-    from torch.profiler import ProfilerActivity, profile
+def _most_over_ranks(values: dict[str, int], layout: Layout) -> dict[str, float] | None:
+    """GB of 10^9 bytes, each the largest of all ranks; None where it was not measured."""
+    if not values:
+        return None
+    most = torch.tensor(list(values.values()), dtype=torch.int64, device=layout.device)
+    dist.all_reduce(most, op=dist.ReduceOp.MAX)
+    return {name: value / 1e9 for name, value in zip(values, most.tolist(), strict=True)}
 
-    with profile(activities=[ProfilerActivity.CUDA, ProfilerActivity.CPU]) as profiler:
-        began = time.perf_counter()
+
+def _trace_one_step(engine: Any, feed: Feed, recipe: Recipe, options: ProfileOptions) -> PartTimes | None:
+    """One step under the profiler, on all ranks alike; rank 0 reads its trace."""
+    from torch.profiler import ProfilerActivity, profile, record_function
+
+    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if engine.layout.device.type == "cuda" else [])]
+    batches = feed()
+    with named_parts(engine), profile(activities=activities) as profiler, record_function(STEP):
         engine.train_step(batches, recipe.train.learning_rate)
         _sync(engine.layout)
-        wall = 1e3 * (time.perf_counter() - began)
-    if trace and engine.layout.is_main:
-        profiler.export_chrome_trace(str(trace))
-    parts: dict[str, float] = defaultdict(float)
-    names: dict[str, float] = defaultdict(float)
-    for event in profiler.events():
-        if event.device_type == torch.autograd.DeviceType.CUDA:
-            milliseconds = event.time_range.elapsed_us() / 1e3
-            parts[part_of(event.name)] += milliseconds
-            names[event.name] += milliseconds
-    parts["idle"] = max(wall - sum(parts.values()), 0.0)
-    top = sorted(names.items(), key=lambda item: -item[1])[:32]
-    return {**dict(sorted(parts.items(), key=lambda item: -item[1])),
-            **{f"kernel: {name[:70]}": value for name, value in top}}
+    if not engine.layout.is_main:
+        return None
+    with tempfile.TemporaryDirectory() as folder:
+        path = options.trace or Path(folder) / "trace.json"
+        profiler.export_chrome_trace(str(path))
+        return part_times(read_trace(path))
 
 
-def part_of(kernel: str) -> str:
-    """The part a GPU kernel's name belongs to; "elementwise and other" where none fits."""
-    lower = kernel.lower()
-    for part, marks in PARTS:
-        if any(mark in lower for mark in marks):
-            return part
-    return "elementwise and other"
+def _parts(times: PartTimes | None, numbers: dict[str, Any], *, on_gpu: bool) -> dict[str, Any]:
+    """Milliseconds by part. On a GPU idle is measured without the profiler, which makes launching slower."""
+    if times is None:
+        return {}
+    share, waiting = dict(times.parts), numbers.get("data_wait_ms")
+    if on_gpu:
+        share[IDLE] = max(numbers["ms_per_step"] - times.busy - (waiting or 0.0), 0.0)
+    if waiting is not None:
+        share["data wait"] = waiting
+    return {"share": share, "hidden_communication_ms": times.hidden_communication, "profiled_step_ms": times.step,
+            "kernels": _top(times.work)}
 
 
-def _print(numbers: dict[str, Any]) -> None:
-    n = numbers
-    print(f"\n{n['recipe']} on {n['ranks']} x {n['device']}; {n['code']}, torch {n['torch']}")
-    print(f"{n['micro_batches']} micro-batches of {n['micro_batch_size']} x {n['sequence_length']} tokens")
-    rates = [f"{short(numbers['tokens_per_second'])} tok/s", f"{numbers['ms_per_step']:.1f} ms a step"]
-    if "mfu" in numbers:
-        rates += [f"MFU {100 * n['mfu']:.1f}%", f"HFU {100 * n['hfu']:.1f}% of {n['peak_tflops']:.0f} TFLOP/s"]
-    rates += [f"peak {numbers['memory_gb']:.1f} GB", f"first step {numbers['first_step_s']:.1f} s"]
-    print(" | ".join(rates))
-    for part, milliseconds in numbers.get("share", {}).items():
-        print(f"{milliseconds:10.2f} ms  {part}")
+def _top(work: list[Work]) -> list[dict[str, Any]]:
+    together: dict[tuple[str, str], list[Work]] = defaultdict(list)
+    for piece in work:
+        together[piece.name, piece.part].append(piece)
+    rows = [{"name": name, "part": part, "ms": sum(piece.end - piece.start for piece in pieces) / 1e3,
+             "calls": len({piece.number for piece in pieces})} for (name, part), pieces in together.items()]
+    return sorted(rows, key=lambda row: -row["ms"])[:TOP_KERNELS]
+
+
+@contextlib.contextmanager
+def _out_of_memory_told(recipe: Recipe, options: ProfileOptions) -> Iterator[None]:
+    try:
+        yield
+    except RuntimeError as error:  # torch's own kind, and what CUDA and NCCL say when they find no room
+        if "out of memory" not in str(error).lower():
+            raise
+        if options.json_path:
+            options.json_path.write_text(json.dumps({"recipe": recipe.name, "out_of_memory": str(error)}))
+        train = recipe.train
+        raise OutOfMemory(
+            f"train.micro_batch_size: {train.micro_batch_size} x {train.sequence_length} tokens do not fit on the "
+            f"device with train.recompute={train.recompute}; make it smaller, or see tools/plan.py for a layout "
+            "that fits") from None

@@ -1,8 +1,9 @@
 """The collectives of context parallelism, thin over torch.distributed: NCCL and gloo, sync and async, counted.
 
     gather        all-gather of one tensor, started now, waited for later; no gradient of its own
+    start_reduce_scatter, start_shift      the same for a reduce-scatter, and a message to a neighbour
     Gather        all-gather whose gradient returns by reduce-scatter
-    ShiftRight    every rank's tensor to its right neighbour; the gradient returns to the left
+    LeaveRight, ArriveLeft                 every rank's tensor to its right neighbour; the gradient returns to the left
 
 Ranks must meet in the same order forward and backward. So every rank calls every one of them, also
 where it has nothing to send or does not look at what it gets, and keeps it in its autograd graph.
@@ -49,24 +50,26 @@ def _count(kind: str, what: str, payload: int, received: int) -> None:
         log.append(Sent(kind, what, payload, received))
 
 
-class Gathering:
-    """An all-gather under way. `wait` returns [ranks, *shape] once, in the order of ranks."""
+class Pending:
+    """A message under way. `wait` returns what has come; the current stream waits for it, not the host."""
 
-    def __init__(self, x: Tensor, group: dist.ProcessGroup, what: str):
-        self._sent = x.contiguous()  # kept until it has left
-        size = group.size()
-        self._all = x.new_empty(size, *x.shape)
-        _count("all-gather", what, self._sent.nbytes, self._sent.nbytes * (size - 1))
-        self._work = _all_gather()(self._all.view(-1), self._sent.view(-1), group=group, async_op=True)
+    def __init__(self, received: Tensor, works: list[dist.Work], sent: Tensor):
+        self._received, self._works, self._sent = received, works, sent  # kept until it has left
 
     def wait(self) -> Tensor:
-        self._work.wait()
-        return self._all
+        for work in self._works:
+            work.wait()
+        self._works, self._sent = [], None
+        return self._received
 
 
-def gather(x: Tensor, group: dist.ProcessGroup, what: str) -> Gathering:
-    """Start the all-gather of x, the same shape on every rank; no gradient."""
-    return Gathering(x.detach(), group, what)
+def gather(x: Tensor, group: dist.ProcessGroup, what: str) -> Pending:
+    """Start the all-gather of x, the same shape on every rank: [ranks, *shape], in their order; no gradient."""
+    x = x.detach().contiguous()
+    size = group.size()
+    everyone = x.new_empty(size, *x.shape)
+    _count("all-gather", what, x.nbytes, x.nbytes * (size - 1))
+    return Pending(everyone, [_all_gather()(everyone.view(-1), x.view(-1), group=group, async_op=True)], x)
 
 
 class Gather(torch.autograd.Function):
@@ -84,28 +87,68 @@ class Gather(torch.autograd.Function):
 
 def reduce_scatter(all_parts: Tensor, group: dist.ProcessGroup, what: str) -> Tensor:
     """[ranks, ...] -> this rank's part, summed over the ranks in float32 (float64)."""
+    return start_reduce_scatter(all_parts, group, what).wait()
+
+
+def start_reduce_scatter(all_parts: Tensor, group: dist.ProcessGroup, what: str) -> Pending:
+    """`reduce_scatter`, started now and waited for later."""
     all_parts = all_parts.to(torch.promote_types(all_parts.dtype, torch.float32)).contiguous()
     part = torch.empty_like(all_parts[0])
     _count("reduce-scatter", what, all_parts.nbytes, part.nbytes * (group.size() - 1))
-    _reduce_scatter()(part.view(-1), all_parts.view(-1), group=group)
-    return part
+    work = _reduce_scatter()(part.view(-1), all_parts.view(-1), group=group, async_op=True)
+    return Pending(part, [work], all_parts)
 
 
-class ShiftRight(torch.autograd.Function):
-    """x -> what the left neighbour gave (zeros on the first rank); the gradient goes the other way."""
+@dataclass
+class Shifting:
+    """One exchange with the neighbours, in its forward pass and then in its backward pass."""
+
+    group: dist.ProcessGroup
+    what: str
+    pending: Pending | None = None
+
+
+class LeaveRight(torch.autograd.Function):
+    """x [N, T, D] itself, its last tokens' first columns on their way to the right neighbour; and an empty tensor.
+
+    The latter goes to `ArriveLeft`. What is computed between the two, forward and backward, runs while the message
+    travels. Backward adds what came back in place: a gradient of its own would be one more pass over all of x.
+    """
 
     @staticmethod
-    def forward(ctx, x: Tensor, group: dist.ProcessGroup, what: str) -> Tensor:
-        ctx.group, ctx.what = group, what
-        return shift(x, 1, group, what)
+    def forward(ctx, x: Tensor, tokens: int, columns: int, shifting: Shifting) -> tuple[Tensor, Tensor]:
+        ctx.last, ctx.shifting = (slice(None), slice(x.shape[1] - tokens, None), slice(columns)), shifting
+        shifting.pending = start_shift(x[ctx.last], 1, shifting.group, shifting.what)
+        return x.view_as(x), x.new_empty(0)
 
     @staticmethod
-    def backward(ctx, dy: Tensor) -> tuple[Tensor, None, None]:
-        return shift(dy, -1, ctx.group, ctx.what), None, None
+    def backward(ctx, dx: Tensor, _: Tensor) -> tuple[Tensor, None, None, None]:
+        dx[ctx.last] += ctx.shifting.pending.wait()
+        return dx, None, None, None
+
+
+class ArriveLeft(torch.autograd.Function):
+    """What the left neighbour gave (zeros on the first rank); backward starts to send its gradient back."""
+
+    @staticmethod
+    def forward(ctx, sent: Tensor, shifting: Shifting) -> Tensor:
+        ctx.shifting = shifting
+        return shifting.pending.wait()
+
+    @staticmethod
+    def backward(ctx, dy: Tensor) -> tuple[Tensor, None]:
+        shifting = ctx.shifting
+        shifting.pending = start_shift(dy, -1, shifting.group, shifting.what)
+        return dy.new_empty(0), None
 
 
 def shift(x: Tensor, step: int, group: dist.ProcessGroup, what: str) -> Tensor:
     """Send x `step` ranks to the right and return what came from there; zeros where nobody sends."""
+    return start_shift(x, step, group, what).wait()
+
+
+def start_shift(x: Tensor, step: int, group: dist.ProcessGroup, what: str) -> Pending:
+    """`shift`, started now and waited for later."""
     rank, size = group.rank(), group.size()
     x, received = x.detach().contiguous(), torch.zeros_like(x, memory_format=torch.contiguous_format)
     sends, receives = 0 <= rank + step < size, 0 <= rank - step < size
@@ -115,9 +158,7 @@ def shift(x: Tensor, step: int, group: dist.ProcessGroup, what: str) -> Tensor:
     _count("shift", what, x.nbytes * sends, received.nbytes * receives)
     works = dist.batch_isend_irecv([dist.P2POp(op, buffer, group=group, group_peer=peer)
                                     for op, buffer, peer in operations])
-    for work in works:
-        work.wait()
-    return received
+    return Pending(received, works, x)
 
 
 def as_bytes(x: Tensor) -> Tensor:

@@ -18,6 +18,7 @@ Shapes: N rows (1 for packed documents), T tokens of a row on this rank, H heads
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
@@ -25,12 +26,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hola_kernels import HolaState, exact_read_only, gated_delta_rule, short_conv
-from hola_kernels.attention import combine, rank_tokens
+from hola_kernels.attention import combine, is_fused, rank_tokens
 from hola_kernels.checks import segments_of
-from hola_megatron.parallel.collectives import Gather, Gathering, ShiftRight
+from hola_megatron.parallel.collectives import ArriveLeft, Gather, LeaveRight, Pending, Shifting
 from hola_megatron.parallel.part import Part
 from hola_megatron.parallel.shared_cache import entering_memory
 from hola_megatron.parallel.state_fold import AskLeft, Exchange, TakeRight, fold_left, send_map
+
+if TYPE_CHECKING:
+    from hola_megatron.parallel.fused_layer import Started
 
 
 @dataclass(frozen=True)
@@ -41,34 +45,58 @@ class OverRanks:
     group: dist.ProcessGroup
 
 
-def conv_tail(x_NTD: Tensor, width: int, over: OverRanks) -> Tensor | None:
-    """The inputs before this rank's documents, [documents, W - 1, D], for `short_conv`; None at width 1."""
-    part, before = over.part, width - 1
-    if not before:
+@dataclass(frozen=True)
+class LeavingTail:
+    """A convolution's last inputs on their way to the right neighbour."""
+
+    sent: Tensor
+    shifting: Shifting
+
+
+def send_conv_tail(x_NTD: Tensor, width: int, columns: int, over: OverRanks) -> tuple[Tensor, LeavingTail | None]:
+    """Send the last inputs of a convolution of this width over x's first columns; go on with the x returned."""
+    if width == 1:
+        return x_NTD, None
+    shifting = Shifting(over.group, "convolution")
+    x_NTD, sent = LeaveRight.apply(x_NTD, width - 1, columns, shifting)
+    return x_NTD, LeavingTail(sent, shifting)
+
+
+def conv_tail(leaving: LeavingTail | None, width: int, rows: int, over: OverRanks) -> Tensor | None:
+    """The inputs before the documents of N rows here, [documents, W - 1, D], for `short_conv`; None at width 1."""
+    if leaving is None:
         return None
-    tail = ShiftRight.apply(x_NTD[:, x_NTD.shape[1] - before:], over.group, "convolution")
+    part, before = over.part, width - 1
+    tail = ArriveLeft.apply(leaving.sent, leaving.shifting)
     missing = max(before - part.before, 0)  # of another document, or of nobody
     tail = F.pad(tail[:, missing:], (0, 0, missing, 0))
-    return F.pad(tail, (0, 0, 0, 0, 0, _documents(part, x_NTD) - tail.shape[0]))
+    return F.pad(tail, (0, 0, 0, 0, 0, _documents(part, rows) - rows))
 
 
 def short_conv_over_ranks(*, x: Tensor, weight: Tensor, over: OverRanks, backend: str = "auto") -> Tensor:
     """`hola_kernels.short_conv` of x [N, T, D]; weight [D, W], at most T + 1 taps."""
-    tail = conv_tail(x, weight.shape[1], over)
+    width = weight.shape[1]
+    x, leaving = send_conv_tail(x, width, x.shape[2], over)
+    tail = conv_tail(leaving, width, x.shape[0], over)
     return short_conv(x=x, weight=weight, cu_seqlens=over.part.cuts, tail=tail, backend=backend)
 
 
-def start_state_exchange(*, k: Tensor, v: Tensor, log_decay: Tensor, beta: Tensor, over: OverRanks,
-                         backend: str = "auto") -> Gathering:
-    """Send what this rank's tokens do to a state, as soon as k and v are there; what needs no state can go on.
+def start_state_exchange(*, q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, beta: Tensor, over: OverRanks,
+                         score: str | None = None, backend: str = "auto") -> Started | Pending:
+    """Send what this rank's tokens do to a state; what needs no state can go on.
 
-    The operations below take it as `maps`; without one they start it themselves, and wait.
+    score: what the exact cache ranks by, None for a layer without one. The operations below, called with the same
+    tokens, take the result as `maps`; without it they start the exchange themselves, and wait.
     """
+    if score is not None and is_fused(backend, score, q, k, v):
+        from hola_megatron.parallel import fused_layer  # on first use: triton may be missing
+
+        return fused_layer.start(q, k, v, log_decay, beta, over.part, over.group)
     return send_map(k, v, log_decay, beta, over.part, over.group, backend)
 
 
 def gated_delta_over_ranks(*, q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, beta: Tensor, over: OverRanks,
-                           maps: Gathering | None = None, backend: str = "auto") -> tuple[Tensor, Tensor]:
+                           maps: Pending | None = None, backend: str = "auto") -> tuple[Tensor, Tensor]:
     """`hola_kernels.gated_delta_rule`: o [N, T, H, V] and score [N, T, H]."""
     o, score, _, exchange = _state_pass(q, k, v, log_decay, beta, over, maps, backend)
     return AskLeft.apply(o, q, k, log_decay, beta, exchange), score
@@ -77,8 +105,16 @@ def gated_delta_over_ranks(*, q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor
 def hola_attention_over_ranks(*, q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, beta: Tensor, gamma_q: Tensor,
                               gamma_k: Tensor, gate: Tensor, sink: Tensor | None, over: OverRanks, block: int = 256,
                               slots: int = 64, score: str = "betae", read_norm: str = "rms",
-                              maps: Gathering | None = None, backend: str = "auto") -> Tensor:
+                              maps: Started | Pending | None = None, backend: str = "auto") -> Tensor:
     """`hola_kernels.hola_attention`: o [N, T, H, V]. Raises KernelError also where T is less than block - 1."""
+    tokens = {"q": q, "k": k, "v": v, "log_decay": log_decay, "beta": beta}
+    maps = maps or start_state_exchange(**tokens, over=over, score=score, backend=backend)
+    if not isinstance(maps, Pending):
+        from hola_megatron.parallel import fused_layer
+
+        return fused_layer.hola_layer(
+            **tokens, gamma_q=gamma_q, gamma_k=gamma_k, gate=gate, sink=sink, started=maps, part=over.part,
+            group=over.group, choices=fused_layer.Choices(block, slots, score, read_norm))
     o_state, written, state, exchange = _state_pass(q, k, v, log_decay, beta, over, maps, backend)
     rank, memory = _memory(k, v, beta, written, state, over, block, slots, score)
     arguments = {"gamma_q": gamma_q, "gamma_k": gamma_k, "sink": sink, "block": block, "slots": slots,
@@ -136,12 +172,12 @@ def _causal(q_NTHK: Tensor, k_NSHK: Tensor, v_NSHV: Tensor) -> Tensor:
 
 
 def _state_pass(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, beta: Tensor, over: OverRanks,
-                pending: Gathering | None, backend: str) -> tuple[Tensor, Tensor, Tensor, Exchange]:
+                pending: Pending | None, backend: str) -> tuple[Tensor, Tensor, Tensor, Exchange]:
     """(o, score, state entering the first documents, exchange): o's result must still go through `AskLeft`."""
     part, group = over.part, over.group
     maps = (pending or send_map(k, v, log_decay, beta, part, group, backend)).wait()
     state = fold_left(maps, part)
-    every = F.pad(state, (0, 0, 0, 0, 0, 0, 0, _documents(part, q) - state.shape[0]))
+    every = F.pad(state, (0, 0, 0, 0, 0, 0, 0, _documents(part, q.shape[0]) - state.shape[0]))
     o, written, final = gated_delta_rule(q=q, k=k, v=v, log_decay=log_decay, beta=beta, cu_seqlens=part.cuts,
                                          initial_state=every, backend=backend)
     exchange = Exchange.after(maps, part, group, backend)
@@ -151,12 +187,12 @@ def _state_pass(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, beta: Tensor
 def _memory(k: Tensor, v: Tensor, beta: Tensor, written: Tensor, state: Tensor, over: OverRanks, block: int,
             slots: int, score: str) -> tuple[Tensor, HolaState]:
     part = over.part
-    length = torch.zeros(_documents(part, k), dtype=torch.int64, device=k.device)
+    length = torch.zeros(_documents(part, k.shape[0]), dtype=torch.int64, device=k.device)
     length[: k.shape[0]] = part.before
     rank = rank_tokens(score, written, v, beta, segments_of(k, part.cuts), length)
     return rank, entering_memory(k, v, rank, state, part, over.group, block, slots)
 
 
-def _documents(part: Part, x: Tensor) -> int:
+def _documents(part: Part, rows: int) -> int:
     """Sequences on this rank: the rows, or the packed documents of the one row."""
-    return x.shape[0] if part.cuts is None else part.cuts.numel() - 1
+    return rows if part.cuts is None else part.cuts.numel() - 1

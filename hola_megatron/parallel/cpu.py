@@ -23,7 +23,7 @@ def adapt_to_cpu() -> list[str]:
     if torch.cuda.is_available():
         return []
     adaptations = (generators, current_device, synchronize, tensor_cuda, factories, streams, tensor_type,
-                   fused_optimizer)
+                   fused_optimizer, expert_splits)
     for adapt in adaptations:
         adapt()
     return [adapt.__name__ for adapt in adaptations]
@@ -110,6 +110,20 @@ def fused_optimizer() -> None:
         module.multi_tensor_scale_impl = utils.local_multi_tensor_scale
     clip_grads.l2_norm_impl = utils.local_multi_tensor_l2_norm
     clip_grads.multi_tensor_scale_tensor_impl = None
+
+
+def expert_splits() -> None:
+    """Experts' tokens are sent in parts whose sizes must be numbers; only a CUDA tensor of sizes is made into them."""
+    import megatron.core.transformer.moe.token_dispatcher as dispatcher
+
+    move = dispatcher.maybe_move_tensor_to_cpu
+
+    def numbers(tensor: object, as_numpy: bool = False, record_stream: bool = False) -> object:
+        if as_numpy and isinstance(tensor, torch.Tensor) and not tensor.is_cuda:
+            return tensor.numpy()
+        return move(tensor, as_numpy=as_numpy, record_stream=record_stream)
+
+    dispatcher.maybe_move_tensor_to_cpu = numbers
 
 
 def tensor_type() -> None:

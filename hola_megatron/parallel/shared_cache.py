@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hola_kernels import HolaState, KernelError
-from hola_megatron.parallel.collectives import as_bytes, gather, reduce_scatter, shift
+from hola_megatron.parallel.collectives import Pending, as_bytes, gather, reduce_scatter, shift
 from hola_megatron.parallel.part import Part
 
 
@@ -48,17 +48,22 @@ def entering_memory(k_NTHK: Tensor, v_NTHV: Tensor, score_NTH: Tensor, state_NHK
     neighbours, then one all-gather: their sizes depend on C, w and the widths, never on T.
     Raises KernelError where a block could span more than two ranks.
     """
-    if part.tokens < block - 1:
-        raise KernelError(f"{part.tokens} tokens a context-parallel rank: a cache block of {block} would span more "
-                          f"than two ranks; take at least {block - 1} tokens a rank, or fewer ranks")
+    check_part(part, block)
     opened = part.before % block
     open_k, open_v, open_score = _open_block(k_NTHK, v_NTHV, score_NTH, opened, group, block)
     shard = _local_shard(k_NTHK, v_NTHV, score_NTH, (open_k, open_v, open_score), part, opened, block, slots)
     shards = GatherShards.apply(shard.k, shard.v, shard.score, shard.position, group)
     earlier = range(part.first_rank, part.rank) if part.before else range(0)
-    cache = _merge(*(x[earlier.start: earlier.stop] for x in shards), slots)
+    cache, _ = merge(*(x[earlier.start: earlier.stop] for x in shards), slots)
     length = torch.full((k_NTHK.shape[0],), part.before, dtype=torch.int64, device=k_NTHK.device)
     return HolaState(state_NHKV, cache.k, cache.v, cache.score, cache.position, open_k, open_v, open_score, length)
+
+
+def check_part(part: Part, block: int) -> None:
+    """KernelError where a block could span more than two ranks."""
+    if part.tokens < block - 1:
+        raise KernelError(f"{part.tokens} tokens a context-parallel rank: a cache block of {block} would span more "
+                          f"than two ranks; take at least {block - 1} tokens a rank, or fewer ranks")
 
 
 def _open_block(k: Tensor, v: Tensor, score: Tensor, opened: int, group: dist.ProcessGroup,
@@ -99,8 +104,8 @@ def _local_shard(k: Tensor, v: Tensor, score: Tensor, opened_tokens: tuple[Tenso
                  F.pad(best + first, missing, value=-1))
 
 
-def _merge(k: Tensor, v: Tensor, score: Tensor, position: Tensor, slots: int) -> Shard:
-    """The w best of J shards [J, N, H, w, ...], as one."""
+def merge(k: Tensor, v: Tensor, score: Tensor, position: Tensor, slots: int) -> tuple[Shard, Tensor]:
+    """The w best of J shards [J, N, H, w, ...] as one, and which of the J * w places they come from [N, H, <= w]."""
     k, v, score, position = (x.movedim(0, 2).flatten(2, 3) for x in (k, v, score, position))
     best = score.sort(dim=-1, descending=True, stable=True).indices[..., :slots]
     where = position.gather(-1, best)
@@ -110,8 +115,9 @@ def _merge(k: Tensor, v: Tensor, score: Tensor, position: Tensor, slots: int) ->
     def rows(x: Tensor) -> Tensor:
         return F.pad(x.gather(2, best[..., None].expand(*best.shape, x.shape[-1])), (0, 0, *missing))
 
-    return Shard(rows(k), rows(v), F.pad(score.gather(-1, best), missing, value=-torch.inf),
-                 F.pad(position.gather(-1, best), missing, value=-1))
+    shard = Shard(rows(k), rows(v), F.pad(score.gather(-1, best), missing, value=-torch.inf),
+                  F.pad(position.gather(-1, best), missing, value=-1))
+    return shard, best
 
 
 class GatherShards(torch.autograd.Function):
@@ -121,11 +127,9 @@ class GatherShards(torch.autograd.Function):
     def forward(ctx, k: Tensor, v: Tensor, score: Tensor, position: Tensor,
                 group: dist.ProcessGroup) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         ctx.group, ctx.widths, ctx.dtypes = group, (k.shape[-1], v.shape[-1]), (k.dtype, v.dtype)
-        parts = [k, v, score[..., None], position[..., None].to(torch.int32)]
-        k, v, score, position = unpack(gather(pack(parts), group, "cache shards").wait(), parts)
-        score, position = score[..., 0], position[..., 0].long()
-        ctx.mark_non_differentiable(score, position)
-        return k, v, score, position
+        everyone = unpack_shards(*send_shard(Shard(k, v, score, position), group))
+        ctx.mark_non_differentiable(everyone.score, everyone.position)
+        return everyone.k, everyone.v, everyone.score, everyone.position
 
     @staticmethod
     def backward(ctx, dk: Tensor, dv: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
@@ -151,6 +155,18 @@ class ShiftTokens(torch.autograd.Function):
     def backward(ctx, dk: Tensor, dv: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         parts = [dk, dv]
         return *unpack(shift(pack(parts), -1, ctx.group, "open block gradients"), parts), None, None
+
+
+def send_shard(shard: Shard, group: dist.ProcessGroup) -> tuple[Pending, list[Tensor]]:
+    """Start the all-gather of this rank's candidates; `unpack_shards` takes both."""
+    parts = [shard.k, shard.v, shard.score[..., None], shard.position[..., None].to(torch.int32)]
+    return gather(pack(parts), group, "cache shards"), parts
+
+
+def unpack_shards(pending: Pending, parts: list[Tensor]) -> Shard:
+    """The candidates of every rank, [R, N, H, w, ...]."""
+    k, v, score, position = unpack(pending.wait(), parts)
+    return Shard(k, v, score[..., 0], position[..., 0].long())
 
 
 def pack(parts: list[Tensor]) -> Tensor:

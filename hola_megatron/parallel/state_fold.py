@@ -29,13 +29,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hola_kernels import entering_gradient, state_map
-from hola_megatron.parallel.collectives import Gathering, gather
+from hola_megatron.parallel.collectives import Pending, gather
 from hola_megatron.parallel.part import Part
 
 
 @torch.no_grad()
 def send_map(k_NTHK: Tensor, v_NTHV: Tensor, log_decay_NTH: Tensor, beta_NTH: Tensor, part: Part,
-             group: dist.ProcessGroup, backend: str) -> Gathering:
+             group: dist.ProcessGroup, backend: str) -> Pending:
     """Start the all-gather of [E | M] [N, H, K, V + K] over the last document's tokens: H K (K + V) numbers a row."""
     if part.goes_on:
         tokens = [x[:, part.tokens - part.tail:] for x in (k_NTHK, v_NTHV, log_decay_NTH, beta_NTH)]
@@ -70,6 +70,12 @@ def fold_right(d_RNHKV: Tensor, matrix_JNHKK: Tensor, part: Part) -> Tensor:
     return gradient
 
 
+def maps_between(maps_RNHKW: Tensor, part: Part) -> Tensor:
+    """The M of the ranks between this one and the end of its last document [J, N, H, K, K], a copy."""
+    between = maps_RNHKW[part.rank + 1: max(part.last_rank, part.rank + 1)]
+    return between[..., -maps_RNHKW.shape[-2]:].clone()
+
+
 @dataclass
 class Exchange:
     """One layer's exchange of gradients: what `AskLeft` starts and `TakeRight` ends."""
@@ -78,13 +84,12 @@ class Exchange:
     group: dist.ProcessGroup
     backend: str
     matrix: Tensor
-    pending: Gathering | None = field(default=None)
+    pending: Pending | None = field(default=None)
 
     @classmethod
     def after(cls, maps_RNHKW: Tensor, part: Part, group: dist.ProcessGroup, backend: str) -> Exchange:
-        """Keeps of the forward pass's maps the M between this rank and the end of its last document."""
-        between = maps_RNHKW[part.rank + 1: max(part.last_rank, part.rank + 1)]
-        return cls(part, group, backend, between[..., -maps_RNHKW.shape[-2]:].clone())
+        """Keeps of the forward pass's maps what the gradient needs."""
+        return cls(part, group, backend, maps_between(maps_RNHKW, part))
 
 
 class TakeRight(torch.autograd.Function):

@@ -15,6 +15,7 @@ import math
 from dataclasses import dataclass
 
 from hola_megatron.config import Recipe
+from hola_megatron.model.padding import projection_padding, projection_rows
 
 CHUNK = 64                    # tokens of a chunk of the state kernels (hola_kernels.gated_delta)
 SCALES = 8                    # float32 numbers a token and head that a chunk keeps
@@ -22,6 +23,8 @@ MULTIPROCESSORS = 132         # of an H100 or H200: how many programs run side b
 SPLIT_GAIN, LEAST_SPAN = 2.5, 16  # when hola_kernels splits a sequence, and the chunks a span has at least
 KERNEL_WIDTHS = (64, 128, 256)    # key and value widths the state kernels take
 FLOAT32 = 4
+SCORE_BYTES = 12              # what Megatron's router keeps of a token and expert: a score, a place in a sorted list
+VISIT_BYTES = 24              # of a token and chosen expert: two indices, two weights
 
 
 @dataclass(frozen=True)
@@ -44,6 +47,11 @@ class Share:
         return 2 if self.recipe.train.precision == "bf16" else FLOAT32
 
     @property
+    def product(self) -> int:
+        """Bytes of a number that a linear of a layer keeps of its input."""
+        return 1 if self.recipe.fp8.recipe else self.number
+
+    @property
     def tokens(self) -> int:
         train = self.recipe.train
         return train.micro_batch_size * train.sequence_length // self.recipe.parallel.context
@@ -56,6 +64,11 @@ class Share:
     @property
     def heads(self) -> int:
         return self.recipe.model.heads // self.recipe.parallel.tensor
+
+    def projection(self, kind: str) -> int:
+        """Width of a token's fused projection on this rank, padding included."""
+        rows = projection_rows(self.recipe.model, kind, self.recipe.parallel.tensor)
+        return rows + projection_padding(rows)
 
     @property
     def packed(self) -> bool:
@@ -114,13 +127,28 @@ def saved_by_layer(share: Share, kind: str) -> list[Term]:
     """Everything a layer of this kind (H, G or A) keeps for one micro-batch."""
     model, e = share.recipe.model, share.number
     width = model.hidden_size
-    mlp = model.mlp_hidden_size // share.recipe.parallel.tensor
     shell = [Term("activations", "residual stream before each half", 2 * share.norm_tokens * width * e),
-             Term("activations", "normed inputs of both halves", 2 * share.norm_tokens * width * e),
+             Term("activations", "normed inputs of both halves", 2 * share.norm_tokens * width * share.product),
              Term("activations", "inverse norms", 2 * share.norm_tokens * FLOAT32),
-             Term("activations", "MLP gate and up", 2 * share.tokens * mlp * e),
-             Term("activations", "MLP inner product", share.tokens * mlp * e)]
+             *(_mlp(share) if model.moe.experts is None else _experts(share))]
     return shell + (_attention(share) if kind == "A" else _delta(share, kind == "H"))
+
+
+def _mlp(share: Share) -> list[Term]:
+    mlp = share.recipe.model.mlp_hidden_size // share.recipe.parallel.tensor
+    return [Term("activations", "MLP gate and up", 2 * share.tokens * mlp * share.number),
+            Term("activations", "MLP inner product", share.tokens * mlp * share.product)]
+
+
+def _experts(share: Share) -> list[Term]:
+    """Megatron's router, dispatch and experts; as many tokens come to a rank as leave it, if they are used evenly."""
+    model, e = share.recipe.model, share.number
+    visits = share.norm_tokens * model.moe.top_k
+    return [Term("activations", "router's scores", SCORE_BYTES * share.norm_tokens * model.moe.experts),
+            Term("activations", "places and weights of visits", VISIT_BYTES * visits),
+            Term("activations", "inputs of experts", visits * model.hidden_size * e),
+            Term("activations", "experts' gate and up", 2 * visits * model.expert_hidden_size * e),
+            Term("activations", "experts' inner product", visits * model.expert_hidden_size * e)]
 
 
 def _delta(share: Share, exact_cache: bool) -> list[Term]:
@@ -131,11 +159,10 @@ def _delta(share: Share, exact_cache: bool) -> list[Term]:
     if share.interleaved:  # the convolutions keep copies, and nothing keeps the projection
         projected = Term("kernels", "inputs of the convolutions", tokens * (2 * key + value) * e)
     else:
-        projected = Term("activations", "fused projection q k v gate a b",
-                         tokens * (2 * key + 2 * value + heads * (2 if model.decay else 1)) * e)
+        projected = Term("activations", "fused projection q k v gate a b", tokens * share.projection("H") * e)
     terms = [
         projected,
-        Term("activations", "input of the output projection", tokens * value * e),
+        Term("activations", "input of the output projection", tokens * value * share.product),
         Term("kernels", "q k v after convolution", tokens * (2 * key + value) * e),
         Term("kernels", "beta and decay", gates * tokens * heads * FLOAT32),
         Term("kernels", "tails of the convolutions", share.sequences * (model.conv_width - 1) * (2 * key + value) * e),
@@ -143,7 +170,7 @@ def _delta(share: Share, exact_cache: bool) -> list[Term]:
              share.chunks * heads * (SCALES * CHUNK * FLOAT32 + 2 * CHUNK * CHUNK * e)),
         Term("kernels", "mixer output before its norm", tokens * value * e),
     ]
-    if heads > 1 or share.interleaved:
+    if heads > 1 or share.interleaved or share.recipe.parallel.context > 1:
         terms.append(Term("kernels", "output gate as rows of a head", tokens * value * e))
     if share.spans:
         maps = share.spans * heads * model.key_dim * (2 * model.value_dim + model.key_dim) * FLOAT32
@@ -158,20 +185,19 @@ def _delta(share: Share, exact_cache: bool) -> list[Term]:
 
 def _delta_over_ranks(share: Share, exact_cache: bool) -> list[Term]:
     """What context parallelism keeps besides, where one document spans all ranks (hola_megatron/parallel)."""
-    model, e, tokens, heads = share.recipe.model, share.number, share.tokens, share.heads
+    model, e, heads = share.recipe.model, share.number, share.heads
     key, value, ranks = heads * model.key_dim, heads * model.value_dim, share.recipe.parallel.context
     terms = [Term("context", "maps of the ranks between", max(ranks - 2, 0) * key * model.key_dim * FLOAT32),
              Term("context", "entering states", share.sequences * key * model.value_dim * FLOAT32)]
     if not exact_cache:
         return terms
+    rows = 1 if share.packed else share.recipe.train.micro_batch_size
     opened = 0 if share.longest % model.cache.block == 0 else model.cache.block - 1
-    laid = (tokens + opened) * key + (tokens + opened + model.cache.slots) * (key + value)
-    rows = model.cache.block + ranks * model.cache.slots
-    terms += [Term("context", "q k v laid behind the open block", laid * e),
-              Term("context", "open block and everybody's candidates", rows * (key + value) * e)]
-    if e < FLOAT32:
-        terms.append(Term("context", "exact read in float32, for its gate", tokens * value * FLOAT32))
-    return terms
+    slots = model.cache.slots
+    around = rows * (opened + slots) * ((key + value) * e + heads * FLOAT32)
+    around += rows * slots * heads * 12  # which tokens crossed ranks: a 32-bit row and a 64-bit place
+    around += rows * opened * (2 * value * e + 2 * heads * FLOAT32)  # results and norms in places nobody reads
+    return [*terms, Term("context", "open block and cached tokens from other ranks", around)]
 
 
 def _attention(share: Share) -> list[Term]:
@@ -180,10 +206,10 @@ def _attention(share: Share) -> list[Term]:
     tensor, context = share.recipe.parallel.tensor, share.recipe.parallel.context
     width, heads = model.hidden_size // tensor, model.attention_heads // tensor
     rotated = model.rope_theta is not None
-    terms = [Term("activations", "input of the output projection", tokens * width * e),
+    terms = [Term("activations", "input of the output projection", tokens * width * share.product),
              Term("kernels", "log-sums of the attention", tokens * heads * FLOAT32)]
     if context == 1 or not rotated:  # over ranks v is gathered and q rotated: nothing keeps the projection
-        terms.append(Term("activations", "fused projection q k v", 3 * tokens * width * e))
+        terms.append(Term("activations", "fused projection q k v", tokens * share.projection("A") * e))
     if context > 1:
         terms.append(Term("context", "keys and values of all ranks", 2 * tokens * context * width * e))
     if rotated:
@@ -201,7 +227,10 @@ def layer_workspace(share: Share, kind: str) -> float:
     """Bytes a layer's backward pass holds at once beside what was saved: the larger of its two halves."""
     model, e, tokens, heads = share.recipe.model, share.number, share.tokens, share.heads
     width = model.hidden_size
-    mlp = 3 * tokens * (model.mlp_hidden_size // share.recipe.parallel.tensor) * e  # gradients of its inside
+    if model.moe.experts is None:
+        mlp = 3 * tokens * (model.mlp_hidden_size // share.recipe.parallel.tensor) * e  # gradients of its inside
+    else:
+        mlp = share.norm_tokens * model.moe.top_k * (3 * model.expert_hidden_size + 2 * width) * e
     stream = 2 * tokens * width * e  # the gradient that comes in and the one that goes out
     if kind == "A":
         return stream + max(mlp, 6 * tokens * width // share.recipe.parallel.tensor * e)

@@ -11,7 +11,7 @@ from hola_megatron.model.flops import executed_flops_per_token, flops_per_token
 from hola_megatron.plan.activations import Share
 from hola_megatron.plan.layouts import Suggestion, suggest
 from hola_megatron.plan.memory import GB, StageMemory, worst_stage
-from hola_megatron.plan.parameters import parameters_by_part
+from hola_megatron.plan.parameters import active_parameters, layer_products, parameters_by_part
 
 CHECKPOINT_BYTES = 12  # a parameter: float32 weight and two moments (hola_megatron/checkpoint)
 
@@ -70,7 +70,10 @@ class Plan:
 
     @property
     def checkpoint_bytes(self) -> int:
-        return CHECKPOINT_BYTES * self.parameters["total"]
+        model = self.recipe.model
+        matrices = sum(layer_products(model, kind) for kind in model.layer_kinds)  # of these Muon keeps one moment
+        less = 4 * matrices if self.recipe.train.optimizer == "muon" else 0
+        return CHECKPOINT_BYTES * self.parameters["total"] - less
 
     @property
     def data_ranks(self) -> int:
@@ -91,6 +94,7 @@ class Plan:
         """Plain values for JSON; bytes, seconds and numbers, nothing rounded."""
         return {"recipe": self.recipe.name, "gpus": self.machine.gpus, "memory_gb": self.machine.memory_gb,
                 "peak_flops": self.machine.peak_flops, "mfu": self.machine.mfu, "parameters": self.parameters,
+                "active_parameters": active_parameters(self.recipe.model),
                 "flops_per_token": self.flops_per_token, "tokens": self.tokens, "steps": self.recipe.train.steps,
                 "tokens_per_second": self.tokens_per_second, "hours": self.hours,
                 "checkpoint_bytes": self.checkpoint_bytes, "problems": self.problems, "fits": self.fits,
@@ -118,7 +122,8 @@ def _layout(plan: Plan) -> dict[str, Any] | None:
         return None
     parallel, train = plan.recipe.parallel, plan.recipe.train
     return {"tensor": parallel.tensor, "sequence": parallel.sequence, "context": parallel.context,
-            "pipeline": parallel.pipeline, "virtual_pipeline": parallel.virtual_pipeline, "data": plan.data_ranks,
+            "expert": parallel.expert, "pipeline": parallel.pipeline, "virtual_pipeline": parallel.virtual_pipeline,
+            "data": plan.data_ranks,
             "micro_batch_size": train.micro_batch_size, "micro_batches": plan.micro_batches,
             "recompute": train.recompute}
 

@@ -1,6 +1,7 @@
 """The peak of a rank, by part, at the moment of a step when it is highest.
 
-    loss        all layers' saved tensors, and the logits twice (the loss keeps a copy until the first is freed)
+    loss        all layers' saved tensors, and the logits: twice where all are made at once (the loss keeps a copy until
+                the first is freed), or a piece of them and the gradients that grow piece by piece
     backward    all layers' saved tensors, and the working memory of one layer's backward pass
     update      nothing saved; the optimizer's temporaries (Transformer Engine's Adam has none)
 
@@ -12,8 +13,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from hola_megatron.config import Recipe, data_ranks, micro_batches
+from hola_megatron.model.logits import logits_copies, piece_rows
 from hola_megatron.plan.activations import FLOAT32, Share, Term, layer_workspace, saved_by_layer
-from hola_megatron.plan.parameters import rank_parameters, stage_layers
+from hola_megatron.plan.parameters import rank_parameters, rank_products, stage_layers
 
 GB = 1e9
 # cuBLAS on Hopper takes 32 MiB a handle: torch has one for the main and one for the autograd thread, TE its own
@@ -72,14 +74,26 @@ def micro_batches_held(recipe: Recipe, world: int, stage: int) -> float:
 def _standing(recipe: Recipe, world: int, stage: int) -> dict[str, float]:
     """What is there all the time."""
     held, number = rank_parameters(recipe, stage), Share(recipe).number
-    master = 0 if recipe.train.precision == "fp32" else FLOAT32 * held.narrow
-    optimizer = master + 2 * FLOAT32 * held.total
-    return {"weights": held.narrow * number + held.float32 * FLOAT32, "gradients": held.total * FLOAT32,
-            "optimizer": optimizer / _optimizer_ranks(recipe, world), "libraries": CUBLAS_BYTES}
+    master = 0 if recipe.train.precision == "fp32" else FLOAT32
+    experts = (master + 2 * FLOAT32) * held.experts
+    optimizer = master * held.narrow + 2 * FLOAT32 * held.total - experts
+    if recipe.train.optimizer == "muon":  # one moment of a matrix
+        optimizer -= FLOAT32 * rank_products(recipe, stage)
+    # each quantized weight is kept in both directions, for the forward and the backward product, from step to step
+    quantized = 2 * rank_products(recipe, stage) if recipe.fp8.recipe else 0
+    return {"weights": held.narrow * number + held.float32 * FLOAT32 + quantized, "gradients": held.total * FLOAT32,
+            "optimizer": optimizer / _optimizer_ranks(recipe, world) + experts / _expert_ranks(recipe, world),
+            "libraries": CUBLAS_BYTES}
 
 
 def _optimizer_ranks(recipe: Recipe, world: int) -> int:
     return data_ranks(recipe, world) * recipe.parallel.context if recipe.parallel.distributed_optimizer else 1
+
+
+def _expert_ranks(recipe: Recipe, world: int) -> int:
+    """Ranks that the optimizer state of one rank's experts is cut over: those with the same experts."""
+    parallel = recipe.parallel
+    return world // (parallel.pipeline * parallel.expert) if parallel.distributed_optimizer else 1
 
 
 def _moments(recipe: Recipe, world: int, stage: int) -> dict[str, dict[str, float]]:
@@ -101,7 +115,9 @@ def _moments(recipe: Recipe, world: int, stage: int) -> dict[str, dict[str, floa
     if stage == recipe.parallel.pipeline - 1:
         moments["loss"] = _sum(kept, _loss(share, stream), messages)
     if recipe.model.layer_spec == "local":  # GroupStepAdam's denominators
-        owned = rank_parameters(recipe, stage).total / _optimizer_ranks(recipe, world)
+        held = rank_parameters(recipe, stage)
+        owned = (held.total - held.experts) / _optimizer_ranks(recipe, world) \
+            + held.experts / _expert_ranks(recipe, world)
         moments["update"] = {"workspace": FLOAT32 * owned}
     return moments
 
@@ -112,13 +128,16 @@ def _loss(share: Share, stream: float) -> dict[str, float]:
     columns = recipe.model.vocab_size // recipe.parallel.tensor
     logits = share.tokens * columns * e
     small = share.tokens * 40  # ids, labels, mask, loss and its statistics
-    if recipe.model.layer_spec == "local":  # Megatron's own loss works on a float32 copy, in place
-        copy = share.tokens * columns * FLOAT32 if e < FLOAT32 else 0.0
-    else:
-        copy = logits
-    forward = logits + copy
+    copies = logits_copies(e, recipe.model.layer_spec != "local")
     weight_gradient = columns * recipe.model.hidden_size * e
-    backward = max(copy, logits) + share.tokens * recipe.model.hidden_size * e + weight_gradient
+    input_gradient = share.tokens * recipe.model.hidden_size * e
+    rows = piece_rows(share.tokens, columns, e, copies, recipe.train.logits_budget_gb)
+    if rows is not None:  # the weight's gradient is summed in float32 if there are several pieces
+        summed = weight_gradient // e * FLOAT32 if rows < share.tokens else 0
+        at_once = min(rows, share.tokens) * columns * e
+        return {"activations": 2 * stream, "logits": at_once + input_gradient + weight_gradient + summed + small}
+    forward = copies * logits
+    backward = max((copies - 1) * logits, logits) + input_gradient + weight_gradient
     return {"activations": 2 * stream, "logits": max(forward, backward) + small}
 
 

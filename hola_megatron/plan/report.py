@@ -7,6 +7,7 @@ from hola_megatron.plan.activations import Share
 from hola_megatron.plan.estimate import Plan
 from hola_megatron.plan.layouts import Suggestion
 from hola_megatron.plan.memory import GB, StageMemory
+from hola_megatron.plan.parameters import active_parameters
 
 
 def report(plan: Plan) -> str:
@@ -25,11 +26,12 @@ def short(number: float) -> str:
 
 
 def layout_text(recipe: Recipe, gpus: int) -> str:
-    """tensor 2 (sequence) x pipeline 4 x data 8, with sizes of 1 left out except data."""
+    """tensor 2 x pipeline 4 x data 8, experts over 8; with sizes of 1 left out except data."""
     parallel = recipe.parallel
     names = [("tensor", parallel.tensor), ("context", parallel.context), ("pipeline", parallel.pipeline)]
     cuts = [f"{name} {size}" for name, size in names if size > 1]
-    return " x ".join([*cuts, f"data {gpus // parallel.model_ranks}"])
+    ranks = " x ".join([*cuts, f"data {gpus // parallel.model_ranks}"])
+    return f"{ranks}, experts over {parallel.expert}" if parallel.expert > 1 else ranks
 
 
 def _model(plan: Plan) -> list[tuple[str, str]]:
@@ -38,8 +40,12 @@ def _model(plan: Plan) -> list[tuple[str, str]]:
     layers = " + ".join(f"{kinds.count(kind)}{kind}" for kind in dict.fromkeys(kinds))
     parts = ", ".join(f"{name.replace('_', ' ')} {short(size)}" for name, size in counts.items()
                       if name != "total" and size)
-    return [("recipe", f"{plan.recipe.name}: {layers} layers of width {model.hidden_size}"),
+    rows = [("recipe", f"{plan.recipe.name}: {layers} layers of width {model.hidden_size}"),
             ("parameters", f"{short(counts['total'])} = {parts}")]
+    if model.moe.experts is None:
+        return rows
+    return [*rows, ("active", f"{short(active_parameters(model))} for a token: {model.moe.top_k} of "
+                              f"{model.moe.experts} experts in every layer")]
 
 
 def _work(plan: Plan) -> list[tuple[str, str]]:

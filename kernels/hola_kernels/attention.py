@@ -48,7 +48,7 @@ def hola_attention(*, q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, beta: 
     check_tokens(q, k, v, log_decay, beta, cu_seqlens)
     _check_choices(score, read_norm)
     cuts = segments_of(q, cu_seqlens)
-    if state is None and not return_state and _is_fused(backend, score, q, k, v):
+    if state is None and not return_state and is_fused(backend, score, q, k, v):
         return _fused(q, k, v, log_decay, beta, gamma_q, gamma_k, gate, sink, block, slots, score, read_norm,
                       cu_seqlens, cuts)
     memory = check_memory(state, cuts.numel() - 1, k, v, block, slots)
@@ -89,7 +89,7 @@ def hola_attention_step(*, q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, b
     return (o_state + gate.to(wide).sigmoid()[:, None] * o_cache).to(out_dtype)
 
 
-def _is_fused(backend: str, score: str, q: Tensor, k: Tensor, v: Tensor) -> bool:
+def is_fused(backend: str, score: str, q: Tensor, k: Tensor, v: Tensor) -> bool:
     """Whether the whole operation runs as one Triton function: both parts would run on Triton anyway."""
     if score in ("recency", "random"):
         return False

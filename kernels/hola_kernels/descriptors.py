@@ -8,17 +8,27 @@ takes them must give them no effect.
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-ALIGNMENT = 16  # bytes, of a descriptor's address
+ALIGNMENT = 16  # bytes, of a descriptor's address and of its rows
 
 
 def tiles_of(x: Tensor, width: int, rows: int, columns: int) -> TensorDescriptor:
     """x, contiguous, as a matrix of `width` columns, to be taken in tiles of [rows, columns]."""
-    matrix = x.view(-1, width)
+    return _descriptor(x.view(-1, width), rows, columns)
+
+
+def token_tiles(x_MHD: Tensor, rows: int, columns: int) -> TensorDescriptor:
+    """x [M, H, D], each token's H * D numbers contiguous (they may lie in a wider matrix), as [M, H * D]."""
+    return _descriptor(x_MHD.flatten(1), rows, columns)
+
+
+def _descriptor(matrix: Tensor, rows: int, columns: int) -> TensorDescriptor:
+    size = matrix.element_size()
     if not matrix.shape[0]:
-        matrix = x.new_zeros(1, width)  # nothing will be taken from it
-    elif matrix.data_ptr() % ALIGNMENT:
-        matrix = matrix.clone()
+        matrix = matrix.new_zeros(1, matrix.shape[1])  # nothing will be taken from it
+    elif matrix.data_ptr() % ALIGNMENT or matrix.stride(0) * size % ALIGNMENT:
+        matrix = matrix.clone(memory_format=torch.contiguous_format)
     return TensorDescriptor.from_tensor(matrix, [rows, columns])

@@ -39,14 +39,19 @@ def launch_of(kernel: str, *key: int) -> Launch:
 # The tiles of fp32 are those whose shared memory fits, not the fastest.
 DIMENSIONS = (64, 128, 256)
 for _k in DIMENSIONS:
-    register("gated_delta_scan", {(_k,): Launch(32, 4 if _k < 256 else 8, 1)})
-    register("gated_delta_prepare", {(_k, 2): Launch(64, 4, 2, 168), (_k, 4): Launch(64, 4, 2)})
+    _wide = _k > 128
+    register("gated_delta_scan", {(_k,): Launch(32, 8 if _wide else 4, 1)})
+    register("gated_delta_prepare", {(_k, 2): Launch(64, 4, 3, 168), (_k, 4): Launch(64, 4, 2)})
     for _v in DIMENSIONS:
+        if _v > 64:
+            register("gated_delta_forward", {(_k, _v, 2): Launch(128, 8, 2 if _wide else 3)})
+            register("gated_delta_states", {(_k, _v, 2): Launch(64, 4, 2) if _wide else Launch(128, 8, 2)})
+            register("gated_delta_backward", {(_k, _v, 2): Launch(128, 8, 2) if _wide else Launch(64, 4, 3)})
         for _name in ("forward", "states", "backward"):
-            register(f"gated_delta_{_name}", {
-                (_k, _v, 2): Launch(128, 8, 2) if _v > 64 else Launch(64, 4, 1), (_k, _v, 4): Launch(64, 4, 1)})
-        register("gated_delta_matrices", {(_k, _v, 2): Launch(64, 4, 1), (_k, _v, 4): Launch(64, 4, 1)})
-        register("gated_delta_dq", {(_k, _v, 2): Launch(64, 8, 3) if _k > 128 else Launch(64, 8, 3, 128),
+            register(f"gated_delta_{_name}", {(_k, _v, 4): Launch(64, 4, 1)} | (
+                {(_k, _v, 2): Launch(64, 4, 1)} if _v == 64 else {}))
+        register("gated_delta_matrices", {(_k, _v, 2): Launch(64, 4, 3), (_k, _v, 4): Launch(64, 4, 1)})
+        register("gated_delta_dq", {(_k, _v, 2): Launch(64, 8, 3) if _wide else Launch(64, 4, 2, 168),
                                     (_k, _v, 4): Launch(32, 8, 1)})
-        register("gated_delta_dk", {(_k, _v, 2): Launch(64, 8, 1) if _k > 128 else Launch(64, 8, 2, 128),
+        register("gated_delta_dk", {(_k, _v, 2): Launch(64, 8, 2) if _wide else Launch(64, 4, 2),
                                     (_k, _v, 4): Launch(32, 8, 1)})

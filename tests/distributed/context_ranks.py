@@ -40,6 +40,11 @@ class Case:
     dtype: torch.dtype = torch.float64
     shortcut: bool = False
     backend: str = "torch"
+    key: int = 8
+    value: int = 12
+    gate: float | None = None  # all heads' gate before its sigmoid; None: random
+    spread: float = 0.0  # of the logarithm of v's lengths: the wider, the further apart the scores
+    device: str = "cpu"
     options: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -53,19 +58,30 @@ class Case:
     @property
     def projection(self) -> Tensor:
         """What the output is multiplied with before it is summed and differentiated."""
-        value = {"conv": (16,), "attention": (2, 8)}.get(self.what, (2, 12))
+        value = {"conv": (2 * self.key,), "attention": (2, self.key)}.get(self.what, (2, self.value))
         return torch.randn(self.rows, self.length, *value, generator=torch.Generator().manual_seed(1),
-                           dtype=torch.float64)
+                           dtype=torch.float64).to(self.device)
 
     def inputs(self) -> dict[str, Tensor]:
-        made = make_inputs(self.rows, self.length, key=8, value=12 if self.what != "attention" else 8, decay=self.decay,
-                           dtype=self.dtype)
+        value = self.key if self.what == "attention" else self.value
+        made = make_inputs(self.rows, self.length, key=self.key, value=value, decay=self.decay)
+        loud = torch.randn(self.rows, self.length, 2, 1, generator=torch.Generator().manual_seed(7))
+        made["v"] = made["v"] * (self.spread * loud.double()).exp()
+        if self.gate is not None:
+            made["gate"] = torch.full_like(made["gate"], self.gate)
+        made = {name: self.placed(name, x) for name, x in made.items()}
         if self.what == "conv":
             x = made["q"].detach().flatten(2).requires_grad_()
             weight = torch.randn(x.shape[-1], 4, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
-            return {"x": x, "weight": weight.to(self.dtype).requires_grad_()}
+            return {"x": x, "weight": weight.to(x).requires_grad_()}
         kept = {"gdn": ("q", "k", "v", "log_decay", "beta"), "attention": ("q", "k", "v")}.get(self.what, tuple(made))
         return {name: made[name] for name in kept}
+
+    def placed(self, name: str, x: Tensor) -> Tensor:
+        """An input where and as the case wants it; decays and the cache's parameters are float32 at least."""
+        narrow = name in ("q", "k", "v")
+        dtype = self.dtype if narrow else torch.promote_types(self.dtype, torch.float32)
+        return x.detach().to(self.device, dtype).requires_grad_()
 
     def part(self, rank: int) -> Part:
         if self.cuts is None:

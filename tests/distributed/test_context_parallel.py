@@ -11,19 +11,16 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.nn.functional as F
-from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parent))
 sys.path.insert(0, str(Path(__file__).parent.parent / "kernels"))
 
-from context_ranks import CASES, PACKINGS, SHARED, Case, gradients_with, main
+from context_compare import check_memory, differences, joined, memory_before, one_rank
+from context_ranks import CASES, PACKINGS, SHARED, gradients_with, main
 from forked import run_on_ranks
 from inputs import make_inputs, relative_error
 
-from hola_kernels import KernelError, gated_delta_rule, hola_attention, short_conv
-from hola_kernels.attention import rank_tokens
-from hola_kernels.checks import segments_of
+from hola_kernels import KernelError, hola_attention
 from hola_megatron.parallel.part import Part
 
 pytestmark = pytest.mark.distributed
@@ -40,55 +37,9 @@ def found(tmp_path_factory) -> list[dict]:
     return [torch.load(folder / f"rank{rank}.pt", weights_only=False) for rank in range(RANKS)]
 
 
-def one_rank(case: Case) -> tuple[Tensor, Tensor | None, dict[str, Tensor]]:
-    """(o, what the cache ranks by, gradients) of the whole rows."""
-    inputs, cuts = case.inputs(), case.cu_seqlens
-    score = None
-    if case.what == "conv":
-        o = short_conv(**inputs, cu_seqlens=cuts)
-    elif case.what == "attention":
-        o = softmax_attention(**inputs, cuts=cuts)
-    elif case.what == "gdn":
-        o, score, _ = gated_delta_rule(**inputs, cu_seqlens=cuts, backend=case.backend)
-    else:
-        o = hola_attention(**inputs, cu_seqlens=cuts, backend=case.backend, **case.choices)
-        score = ranks_of(case, inputs)
-    return o, score, gradients_with(o, case.projection.to(o), inputs)
-
-
-def ranks_of(case: Case, inputs: dict[str, Tensor]) -> Tensor:
-    tokens = {n: inputs[n].detach() for n in ("q", "k", "v", "log_decay", "beta")}
-    _, written, _ = gated_delta_rule(**tokens, cu_seqlens=case.cu_seqlens, backend=case.backend)
-    cuts = segments_of(written, case.cu_seqlens)
-    return rank_tokens(case.choices.get("score", "betae"), written, tokens["v"], tokens["beta"], cuts,
-                       torch.zeros(cuts.numel() - 1, dtype=torch.int64))
-
-
-def softmax_attention(q: Tensor, k: Tensor, v: Tensor, cuts: Tensor | None) -> Tensor:
-    bounds = [0, q.shape[1]] if cuts is None else cuts.tolist()
-    parts = [F.scaled_dot_product_attention(*(x[:, a:b].transpose(1, 2) for x in (q, k, v)), is_causal=True)
-             for a, b in zip(bounds[:-1], bounds[1:], strict=True) if b > a]
-    return torch.cat(parts, 2).transpose(1, 2)
-
-
-def joined(ranks: list[dict], case: Case) -> tuple[Tensor, Tensor | None, dict[str, Tensor]]:
-    """The ranks' parts put together; gradients of shared parameters added up."""
-    o = torch.cat([r["o"] for r in ranks], 1)
-    score = torch.cat([r["score"] for r in ranks], 1) if "score" in ranks[0] else None
-    gradients = {}
-    for name in ranks[0]["gradients"]:
-        every = [r["gradients"][name] for r in ranks]
-        gradients[name] = sum(every) if name in SHARED else torch.cat(every, 1)
-    return o, score, gradients
-
-
 def errors(found: list[dict], name: str) -> dict[str, float]:
     case = CASES[name]
-    want, have = one_rank(case), joined([rank[name] for rank in found[: case.ranks]], case)
-    measured = {"o": relative_error(have[0], want[0])}
-    if have[1] is not None:
-        measured["score"] = relative_error(have[1], want[1])
-    return measured | {f"d{n}": relative_error(have[2][n], d) for n, d in want[2].items()}
+    return differences([rank[name] for rank in found[: case.ranks]], one_rank(case), case)
 
 
 @pytest.mark.parametrize("name", EQUAL)
@@ -103,22 +54,10 @@ def test_ranks_together_equal_one_rank(name, found):
 @pytest.mark.parametrize("name", WITH_MEMORY)
 def test_the_memory_entering_a_rank_is_that_of_one_rank(name, found):
     """Compressed state, cached tokens with scores and positions, and the open block, at every rank's first token."""
-    case, inputs = CASES[name], {n: x.detach() for n, x in CASES[name].inputs().items()}
-    tolerance = 1e-9 if case.dtype == torch.float64 else 1e-5
+    case = CASES[name]
     for rank in range(case.ranks):
-        part, memory = case.part(rank), found[rank][name]["memory"]
-        before = slice(part.start - part.before, part.start)
-        past = {n: x if n in SHARED else x[:, before] for n, x in inputs.items()}
-        _, want = hola_attention(**past, return_state=True, backend=case.backend, **case.choices)
-        for field in ("length", "cache_position"):
-            assert torch.equal(getattr(memory, field), getattr(want, field)), (rank, field)
-        for field in ("state", "cache_k", "cache_v", "cache_score", "open_k", "open_v", "open_score"):
-            have, expected = getattr(memory, field), getattr(want, field)
-            assert have.shape == expected.shape and have.dtype == expected.dtype
-            filled = expected.isfinite()
-            assert torch.equal(have.isfinite(), filled), (rank, field)
-            error = (have - expected)[filled].norm() if filled.any() else torch.zeros(())
-            assert error <= tolerance * expected[filled].norm().clamp_min(1e-30), (rank, field)
+        check_memory(found[rank][name]["memory"], memory_before(case, rank),
+                     1e-9 if case.dtype == torch.float64 else 1e-5)
 
 
 @pytest.mark.parametrize("name", ["shortcut_plain", "shortcut_packed"])

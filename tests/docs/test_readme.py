@@ -72,7 +72,7 @@ def help_of(*arguments: str) -> str:
 
 def test_recipes_in_the_table_are_all_and_only_those_shipped():
     table = README.split("## Recipes")[1].split("##")[0]
-    named = set(re.findall(r"\b((?:hola|gdn|transformer)_(?:tiny|[\d.]+[mb]\w*))\b", table))
+    named = set(re.findall(r"\b((?:hola|gdn|transformer)_(?:tiny|moe_\w+|[\d.]+[mb]\w*))\b", table))
     assert named == {path.stem for path in (ROOT / "recipes").glob("*.yaml")}
 
 

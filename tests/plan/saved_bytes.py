@@ -12,6 +12,7 @@ import hola_megatron.quiet  # isort: skip  # noqa: F401
 
 import json
 import sys
+import weakref
 from pathlib import Path
 
 import torch
@@ -38,6 +39,13 @@ class LeanRmsNorm(torch.autograd.Function):
         return x * scale * weight
 
 
+class Kept:
+    """A tensor that the graph holds as long as this lives: some are let go before the layer has ended."""
+
+    def __init__(self, tensor: Tensor):
+        self.tensor = tensor
+
+
 def main() -> None:
     norm.RMSNorm.forward = lambda self, x: LeanRmsNorm.apply(x, self.weight, self.eps)
     recipes = [load_recipe(TINY, SMALL + json.loads(words)) for words in sys.argv[1:]]
@@ -53,7 +61,9 @@ def planned(recipe: Recipe) -> float:
 def measured(recipe: Recipe, layout: Layout) -> int:
     """Bytes of all distinct storages that the layer's autograd graph holds, parameters not counted."""
     chunk = build_model(recipe, device=torch.device("cpu"))[0]
-    chunk.config.bias_activation_fusion = True
+    for module in chunk.modules():  # experts of another width have a configuration of their own
+        if hasattr(module, "config"):
+            module.config.bias_activation_fusion = True
     train, packed = recipe.train, recipe.data.documents == "separate"
     rows, length = (1, train.micro_batch_size * train.sequence_length) if packed else \
         (train.micro_batch_size, train.sequence_length)
@@ -62,18 +72,19 @@ def measured(recipe: Recipe, layout: Layout) -> int:
     pieces = layout.context * (layout.tensor if recipe.parallel.sequence else 1)
     x = torch.randn(length // pieces, rows, recipe.model.hidden_size, requires_grad=True)
     owned = {parameter.untyped_storage().data_ptr() for parameter in chunk.parameters()}
-    held: dict[int, int] = {}
+    saved: weakref.WeakSet[Kept] = weakref.WeakSet()
 
-    def keep(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in owned:
-            held[storage.data_ptr()] = storage.nbytes()
-        return tensor
+    def keep(tensor: Tensor) -> Kept:
+        kept = Kept(tensor)
+        saved.add(kept)
+        return kept
 
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda kept: kept.tensor):
         y, _ = chunk.decoder.layers[0](hidden_states=x, attention_mask=None, packed_seq_params=documents)
     assert y.requires_grad
-    return sum(held.values())
+    storages = (kept.tensor.untyped_storage() for kept in saved)
+    held = {storage.data_ptr(): storage.nbytes() for storage in storages}
+    return sum(size for at, size in held.items() if at not in owned)
 
 
 if __name__ == "__main__":

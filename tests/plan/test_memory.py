@@ -8,14 +8,16 @@ import pytest
 
 from hola_megatron.config import load_recipe
 from hola_megatron.plan.activations import Share, saved_by_layer
-from hola_megatron.plan.memory import GB, micro_batches_held, stage_memory, worst_stage
+from hola_megatron.plan.memory import GB, _moments, micro_batches_held, stage_memory, worst_stage
 
 RECIPES = Path(__file__).parent.parent.parent / "recipes"
 
 # one H200, bf16, Transformer Engine 2.20.2, torch 2.11.0, triton 3.6.0, commit 29bd998: peak of
 # torch.cuda.max_memory_allocated of tools/profile.py in 10^9 bytes. The figures of docs/plan.md.
-MEASURED = [("hola_340m", ["train.micro_batch_size=32", "train.global_batch_size=64"], 92.4),
-            ("hola_340m", ["train.micro_batch_size=16", "train.global_batch_size=16"], 49.6)]
+# Then all logits were made at once.
+AT_ONCE = "train.logits_budget_gb=null"
+MEASURED = [("hola_340m", ["train.micro_batch_size=32", "train.global_batch_size=64", AT_ONCE], 92.4),
+            ("hola_340m", ["train.micro_batch_size=16", "train.global_batch_size=16", AT_ONCE], 49.6)]
 
 
 def memory(name: str, *overrides: str, world: int = 1):
@@ -76,6 +78,48 @@ def test_the_first_stage_holds_more_than_the_last_but_no_logits():
     assert first.parts["logits"] == 0 < last.parts["logits"] or last.moment == "backward"
     assert first.parts["activations"] > 3 * last.parts["activations"]
     assert worst_stage(recipe, 64).stage == 0
+
+
+def test_logits_keep_to_their_budget():
+    """32 x 2048 tokens of 32,000 logits are 4.2 GB, and twice that in an uncut loss."""
+    large = ["train.micro_batch_size=32", "train.global_batch_size=64"]
+    sizes = {}
+    for budget in ("null", "10", "1", "0.1"):
+        recipe = load_recipe(RECIPES / "hola_340m.yaml", [*large, f"train.logits_budget_gb={budget}"])
+        sizes[budget] = _moments(recipe, 1, 0)["loss"]["logits"] / GB
+    gradients = (32 * 2048 * 1024 * 2 + 32000 * 1024 * (2 + 4)) / GB  # of the inputs and of the weight
+    assert sizes["null"] == sizes["10"] > 8.3
+    assert 0 < sizes["1"] - gradients <= 1.01 and 0 < sizes["0.1"] - gradients <= 0.11
+
+
+def test_fp8_keeps_inputs_in_one_byte_and_weights_twice_more():
+    recipes = [load_recipe(RECIPES / "hola_1b.yaml", [f"fp8.recipe={x}"]) for x in ("null", "current")]
+    wide, narrow = (stage_memory(recipe, 8, 0).parts for recipe in recipes)
+    share = Share(recipes[0])
+    inputs = 24 * share.tokens * (2 * 2048 + 2048 + 5632)  # two norms, output projection, down projection
+    assert wide["activations"] - narrow["activations"] == pytest.approx(inputs)
+    linears = 24 * 2048 * (8 * (4 * 256 + 2) + 48 + 2048 + 3 * 5632)  # 48 rows of padding
+    assert narrow["weights"] - wide["weights"] == 2 * linears
+
+
+def test_muon_keeps_one_moment_of_a_matrix():
+    """Against the state that the optimizer of a real model makes."""
+    import torch
+
+    from hola_megatron.engine.megatron import MegatronEngine
+    from hola_megatron.parallel.groups import start
+
+    for name in ("adamw", "muon"):
+        if name == "muon":
+            pytest.importorskip("emerging_optimizers")
+        recipe = load_recipe(RECIPES / "hola_tiny.yaml", [f"train.optimizer={name}", "train.precision=bf16",
+                                                          "parallel.distributed_optimizer=false"])
+        engine = MegatronEngine(recipe, start(recipe))
+        inner = engine.state.inner
+        moments = sum(x.nbytes for state in inner.optimizer.state.values() for x in state.values()
+                      if torch.is_tensor(x))
+        masters = sum(x.nbytes for group in inner.fp32_from_float16_groups for x in group)
+        assert stage_memory(recipe, 1, 0).parts["optimizer"] == moments + masters
 
 
 def test_float32_has_no_second_copy_of_the_weights():

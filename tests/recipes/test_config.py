@@ -65,7 +65,7 @@ def test_sizes_in_a_recipes_comment_are_true(path):
         assert f"{number / {'M': 1e6, 'B': 1e9}[unit]:.{places}f}" == digits
 
 
-@pytest.mark.parametrize("name", ["hola_13b", "hola_1b_hybrid"])
+@pytest.mark.parametrize("name", ["hola_13b", "hola_1b_hybrid", "hola_moe_7b_a1b"])
 @pytest.mark.parametrize("world", [8, 64])
 def test_large_recipes_divide_over_the_usual_machines(name, world):
     assert check_recipe(load_recipe(TINY.parent / f"{name}.yaml"), world_size=world) == []
@@ -126,6 +126,27 @@ def test_sizes_that_do_not_divide_are_named(overrides, said):
     assert any(said in problem for problem in refused(*overrides)), refused(*overrides)
 
 
+@pytest.mark.parametrize(("overrides", "said"), [
+    (["train.precision=fp32"], "fp8.recipe: current needs train.precision of bf16"),
+    (["model.layer_spec=local"], "fp8.recipe: current needs Transformer Engine's layers"),
+    (["fp8.recipe=delayed", "fp8.last_layers_bf16=1"], "fp8.last_layers_bf16: 1 layers in bf16 are not possible"),
+    (["fp8.first_layers_bf16=3", "parallel.pipeline=2"], "fp8.first_layers_bf16: 3 is more than the 2 layers"),
+    (["model.hidden_size=168"], "model.hidden_size: 168 is not a multiple of 16"),
+    (["model.mlp_hidden_size=440", "parallel.tensor=2"],
+     "model.mlp_hidden_size: 440 over parallel.tensor = 2 is not a multiple of 16 on every rank"),
+    (["model.value_dim=24", "parallel.tensor=2"], "model.heads x model.value_dim: 48 over parallel.tensor = 2"),
+    (["train.sequence_length=260", "parallel.context=2"], "train.micro_batch_size x train.sequence_length: 1040")])
+def test_fp8_needs_sizes_and_precision(overrides, said):
+    problems = refused("train.precision=bf16", "fp8.recipe=current", *overrides)
+    assert any(said in problem for problem in problems), problems
+
+
+def test_fp8_takes_any_number_of_heads():
+    """The fused projection of q, k, v, gate, b and a is padded: 2 x 64 x 4 + 4 rows are no multiple of 16."""
+    recipe = load_recipe(TINY, ["train.precision=bf16", "fp8.recipe=blockwise", "parallel.tensor=2"])
+    assert recipe.fp8.recipe == "blockwise"
+
+
 def test_number_of_processes_must_fit():
     recipe = load_recipe(TINY, ["parallel.tensor=2"])
     assert "does not divide the 3 processes" in check_recipe(recipe, world_size=3)[0]
@@ -149,3 +170,22 @@ def test_a_mistyped_path_is_met_with_the_nearest_recipe():
 def test_a_recipe_survives_being_written_and_read():
     recipe = load_recipe(TINY)
     assert build_recipe(recipe.to_dict()) == recipe
+
+
+LARGE = ["hola_1b", "hola_3b", "hola_7b", "hola_13b", "hola_1b_hybrid", "hola_moe_7b_a1b"]
+
+
+@pytest.mark.parametrize("name", LARGE)
+def test_every_field_of_a_large_recipe_says_where_it_comes_from(name):
+    """Sourced (the paper, OLMoE) or marked a choice, on its own line."""
+    lines = (TINY.parent / f"{name}.yaml").read_text().splitlines()
+    fields = [line for line in lines if re.match(r"\s*\w+: +[^#\s]", line) and not re.match("(base|name):", line)]
+    assert len(fields) > 3
+    for line in fields:
+        assert re.search(r"#.*(choice|OLMoE|paper)", line), line
+
+
+@pytest.mark.parametrize("name", ["hola_340m", "hola_170m", "hola_46m", "hola_tiny", "transformer_340m"])
+def test_the_others_say_it_at_their_head(name):
+    head = (TINY.parent / f"{name}.yaml").read_text().split("\nname:")[0]
+    assert re.search("arXiv|choice", head)

@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 from helpers import run_main, run_program, write_recipe
 
 from hola_megatron.config import load_recipe
@@ -51,6 +52,14 @@ def test_errors_of_the_real_program_are_said_once_by_all_ranks_together(copy):
 def test_processes_that_do_not_fit(copy, attempt):
     code, said = attempt(copy, "parallel.tensor=2")
     assert code == 2 and "does not divide the 1 processes" in said
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="says what a machine without a GPU lacks")
+@pytest.mark.parametrize("recipe", ["delayed", "current", "blockwise"])
+def test_fp8_without_the_machine_for_it(recipe, copy, attempt):
+    code, said = attempt(copy, f"fp8.recipe={recipe}", "train.precision=bf16", "--new")
+    assert code == 2 and f"fp8.recipe: {recipe} needs Transformer Engine and a CUDA device" in said
+    assert "Traceback" not in said
 
 
 def test_empty_data_folder(copy, attempt):

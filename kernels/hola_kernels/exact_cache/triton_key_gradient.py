@@ -20,32 +20,28 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from hola_kernels.descriptors import tiles_of, token_tiles
 from hola_kernels.exact_cache.read_configs import Tile
 from hola_kernels.exact_cache.triton_pair_gradient import PairGradient
 from hola_kernels.unit_table import UnitTable
 
 
 @triton.jit
-def _sum_over_queries(acc, scratch_ptr, x_ptr, at, column_C, start, count, first_row, x_stride, offset,
-                      scratch_columns, D: tl.constexpr, ROWS: tl.constexpr, PRECISION: tl.constexpr):
+def _sum_over_queries(acc, scratch, x, scratch_row, column, start, count, first_row, x_column,
+                      ROWS: tl.constexpr, PRECISION: tl.constexpr):
     """acc [COLUMNS, D] += sum over the block's queries from first_row on of scratch[query, column] * x[query].
 
-    Columns without a token hold anything: they reach their own row of acc only, which nobody stores.
+    Columns without a token hold anything: they reach their own row of acc only, which nobody stores. Queries behind
+    the block's end hold zeros, so what their rows of x hold has no effect.
     """
-    d_D = tl.arange(0, D)
     for row in tl.range(first_row, count, ROWS):
-        place_R = row + tl.arange(0, ROWS)
-        is_row = place_R < count
-        part = tl.load(scratch_ptr + at + place_R[:, None] * scratch_columns + column_C[None, :],
-                       mask=is_row[:, None], other=0.0)
-        x = tl.load(x_ptr + ((start + place_R).to(tl.int64) * x_stride + offset)[:, None] + d_D[None, :],
-                    mask=is_row[:, None], other=0.0)
-        acc = tl.dot(tl.trans(part), x, acc, input_precision=PRECISION)
+        part = scratch.load([scratch_row + row, column])
+        acc = tl.dot(tl.trans(part), x.load([start + row, x_column]), acc, input_precision=PRECISION)
     return acc
 
 
 @triton.jit
-def _slot_sums_kernel(scratch_ptr, x_ptr, units_ptr, part_ptr, x_stride, H, w, scratch_rows, scratch_columns,
+def _slot_sums_kernel(scratch, x, units_ptr, part_ptr, H, w, scratch_rows,
                       D: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, TILES: tl.constexpr,
                       INCOMING: tl.constexpr, PRECISION: tl.constexpr):
     """part [U, H, w, D] = sum_i scratch[i, slot] x_i; one program owns [COLUMNS] slots of a block and head.
@@ -60,10 +56,9 @@ def _slot_sums_kernel(scratch_ptr, x_ptr, units_ptr, part_ptr, x_stride, H, w, s
     ordinal = tl.load(units_ptr + unit * 5 + 2)
     if INCOMING or ordinal > 0:
         column = tile * COLUMNS + tl.arange(0, COLUMNS)
-        at = (unit.to(tl.int64) * H + h) * scratch_rows * scratch_columns
         acc = tl.zeros((COLUMNS, D), tl.float32)
-        acc = _sum_over_queries(acc, scratch_ptr, x_ptr, at, column, start, count, 0, x_stride, h * D,
-                                scratch_columns, D, ROWS, PRECISION)
+        acc = _sum_over_queries(acc, scratch, x, (unit * H + h) * scratch_rows, tile * COLUMNS, start, count, 0,
+                                h * D, ROWS, PRECISION)
         out = part_ptr + ((unit.to(tl.int64) * H + h) * w + column)[:, None] * D + tl.arange(0, D)[None, :]
         tl.store(out, acc.to(part_ptr.dtype.element_ty), mask=(column < w)[:, None])
 
@@ -127,9 +122,9 @@ def _through_norm(g, x_ptr, at, is_row, norm, mean):
 
 
 @triton.jit
-def _own_sums_kernel(scratch_ptr, x_ptr, part_ptr, slots_ptr, units_ptr, first_unit_ptr, k_ptr, key_norm_ptr,
-                     gamma_q_ptr, gamma_k_ptr, gate_ptr, out_ptr, x_stride, k_stride, H, w, tokens, units, scratch_rows,
-                     scratch_columns, own_column, mean, scale, D: tl.constexpr, ROWS: tl.constexpr,
+def _own_sums_kernel(scratch, x, part_ptr, slots_ptr, units_ptr, first_unit_ptr, k_ptr, key_norm_ptr,
+                     gamma_q_ptr, gamma_k_ptr, gate_ptr, out_ptr, k_stride, H, w, tokens, units, scratch_rows,
+                     own_column, mean, scale, D: tl.constexpr, ROWS: tl.constexpr,
                      COLUMNS: tl.constexpr, TILES: tl.constexpr, SLOTS: tl.constexpr, KEYS: tl.constexpr,
                      GATED: tl.constexpr, ADD: tl.constexpr, PRECISION: tl.constexpr):
     """dk (KEYS) or dv of [COLUMNS] tokens of a block and head; behind the blocks, of incoming cache rows.
@@ -158,9 +153,8 @@ def _own_sums_kernel(scratch_ptr, x_ptr, part_ptr, slots_ptr, units_ptr, first_u
     if tile * COLUMNS < count:
         is_column = place_C < count
         row_C = (start + place_C).to(tl.int64)
-        at = (unit.to(tl.int64) * H + h) * scratch_rows * scratch_columns
-        acc = _sum_over_queries(acc, scratch_ptr, x_ptr, at, own_column + place_C, start, last,
-                                tile * COLUMNS, x_stride, h * D, scratch_columns, D, ROWS, PRECISION)
+        acc = _sum_over_queries(acc, scratch, x, (unit * H + h) * scratch_rows, own_column + tile * COLUMNS, start,
+                                last, tile * COLUMNS, h * D, ROWS, PRECISION)
         if readers > 0:
             base = (reader.to(tl.int64) * H + h) * w
             slot_S = tl.arange(0, SLOTS)
@@ -190,14 +184,16 @@ def launch_key_gradient(*, pairs: PairGradient, q_MHK: Tensor, k_RHK: Tensor, ke
     tokens, heads, key_dim = q_MHK.shape
     slots = slots_UHw.shape[2]
     launch = {"ROWS": tile.rows, "COLUMNS": tile.columns, "PRECISION": "tf32x3", **tile.launch}
-    sides = [(pairs.dlogit, q_MHK, dk_RHK, True), (pairs.weight, dy_MHV, dv_RHV, False)]
+    rows, places = pairs.scratch
+    sides = [(tiles_of(scratch, places, tile.rows, tile.columns), token_tiles(x, tile.rows, x.shape[2]), out, keys)
+             for scratch, x, out, keys in ((pairs.dlogit, q_MHK, dk_RHK, True), (pairs.weight, dy_MHV, dv_RHV, False))]
     parts = []
     slot_tiles = triton.cdiv(slots, tile.columns)
     for scratch, x, out, _ in sides:
         part = torch.empty(units.units, heads, slots, out.shape[2], dtype=k_RHK.dtype, device=k_RHK.device)
         _slot_sums_kernel[(units.units * heads * slot_tiles,)](
-            scratch, x, units.table, part, x.stride(0), heads, slots, *pairs.scratch, D=out.shape[2],
-            TILES=slot_tiles, INCOMING=incoming, **launch)
+            scratch, x, units.table, part, heads, slots, rows, D=out.shape[2], TILES=slot_tiles, INCOMING=incoming,
+            **launch)
         parts.append(part)
     group, padded = min(8, triton.next_power_of_2(slots)), triton.next_power_of_2(slots)
     _run_sums_kernel[(units.units * heads * triton.cdiv(slots, group),)](
@@ -208,6 +204,6 @@ def launch_key_gradient(*, pairs: PairGradient, q_MHK: Tensor, k_RHK: Tensor, ke
     for (scratch, x, out, keys), part in zip(sides, parts, strict=True):
         _own_sums_kernel[(owners * heads * own_tiles,)](
             scratch, x, part, slots_UHw, units.table, units.first, k_RHK, key_norm_RH, gamma_q, gamma_k,
-            gamma_q if gate_H is None else gate_H, out, x.stride(0), k_RHK.stride(0), heads, slots, tokens,
-            units.units, *pairs.scratch, pairs.slot_tiles * pairs.columns, mean, key_dim**-0.5, D=out.shape[2],
-            TILES=own_tiles, SLOTS=padded, KEYS=keys, GATED=gate_H is not None, ADD=add, **launch)
+            gamma_q if gate_H is None else gate_H, out, k_RHK.stride(0), heads, slots, tokens, units.units, rows,
+            pairs.slot_tiles * pairs.columns, mean, key_dim**-0.5, D=out.shape[2], TILES=own_tiles, SLOTS=padded,
+            KEYS=keys, GATED=gate_H is not None, ADD=add, **launch)

@@ -25,6 +25,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from hola_kernels.descriptors import token_tiles
 from hola_kernels.exact_cache.read_configs import Tile
 from hola_kernels.exact_cache.triton_forward import LOG2E
 from hola_kernels.unit_table import UnitTable
@@ -78,60 +79,68 @@ def _delta_kernel(dy_ptr, o_ptr, lse_ptr, sink_ptr, gate_ptr, delta_ptr, part_pt
 
 
 @triton.jit
-def _pair_gradient_kernel(q_ptr, k_ptr, v_ptr, dy_ptr, query_norm_ptr, key_norm_ptr, gamma_q_ptr, gamma_k_ptr,
+def _pair_gradient_kernel(q, k, v, dy, k_ptr, v_ptr, query_norm_ptr, key_norm_ptr, gamma_q_ptr, gamma_k_ptr,
                           gate_ptr, lse_ptr, delta_ptr, slots_ptr, units_ptr, weight_ptr, dlogit_ptr,
-                          along_ptr, q_stride, k_stride, v_stride, dy_stride, H, w,
-                          scratch_rows, scratch_columns, scale,
+                          along_ptr, k_stride, v_stride, H, w, scratch_rows, scratch_columns, scale,
                           K: tl.constexpr, V: tl.constexpr, CHUNK: tl.constexpr, ROWS: tl.constexpr,
                           COLUMNS: tl.constexpr, SLOT_TILES: tl.constexpr, ROW_TILES: tl.constexpr,
-                          COLUMN_TILES: tl.constexpr, COMBINE: tl.constexpr, INCOMING: tl.constexpr,
-                          PRECISION: tl.constexpr):
+                          COLUMN_TILES: tl.constexpr, CACHED: tl.constexpr, COMBINE: tl.constexpr,
+                          INCOMING: tl.constexpr, PRECISION: tl.constexpr):
     """P and D [U, H, rows, columns] of one tile [ROWS queries, COLUMNS places] of a block and head, and the
     tile's sums of dS * logit by query [U, H, COLUMN_TILES, rows].
 
+    CACHED: the tiles of slots, whose rows lie anywhere (k_ptr, v_ptr); otherwise those of the block's own tokens.
     Two products over K and V in steps of CHUNK. Shared memory: [ROWS, CHUNK] and [COLUMNS, CHUNK] per stage.
     Registers: two [ROWS, COLUMNS] float32, and scaled queries [ROWS, CHUNK].
     """
-    t = tl.program_id(0) % COLUMN_TILES
-    tile = (tl.program_id(0) // COLUMN_TILES) % ROW_TILES
-    h = (tl.program_id(0) // (COLUMN_TILES * ROW_TILES)) % H
-    unit = tl.program_id(0) // (COLUMN_TILES * ROW_TILES * H)
+    TILES: tl.constexpr = SLOT_TILES if CACHED else COLUMN_TILES - SLOT_TILES
+    FIRST: tl.constexpr = 0 if CACHED else SLOT_TILES
+    t = tl.program_id(0) % TILES + FIRST
+    tile = (tl.program_id(0) // TILES) % ROW_TILES
+    h = (tl.program_id(0) // (TILES * ROW_TILES)) % H
+    unit = tl.program_id(0) // (TILES * ROW_TILES * H)
     start = tl.load(units_ptr + unit * 5)
     count = tl.load(units_ptr + unit * 5 + 1)
     ordinal = tl.load(units_ptr + unit * 5 + 2)
-    cached = t < SLOT_TILES
     first_place = (t - SLOT_TILES) * COLUMNS
-    wanted = first_place < tl.minimum(count, (tile + 1) * ROWS)
-    if cached:
+    if CACHED:
         wanted = INCOMING or ordinal > 0
+    else:
+        wanted = first_place < tl.minimum(count, (tile + 1) * ROWS)
     if wanted & (tile * ROWS < count):
         c_C, d_D = tl.arange(0, COLUMNS), tl.arange(0, CHUNK)
         place_R = tile * ROWS + tl.arange(0, ROWS)
         is_row = place_R < count
+        first_row = start + tile * ROWS
         row_R = (start + place_R).to(tl.int64)
         place_C = first_place + c_C
-        slot = (unit.to(tl.int64) * H + h) * w + t * COLUMNS + c_C
-        slot_row = tl.load(slots_ptr + slot, mask=cached & (t * COLUMNS + c_C < w), other=-1)
-        seen = tl.where(cached, slot_row >= 0, place_C < count)
-        row_C = tl.where(cached, slot_row, start + place_C).to(tl.int64)
-        dtype = k_ptr.dtype.element_ty
+        if CACHED:
+            slot = (unit.to(tl.int64) * H + h) * w + t * COLUMNS + c_C
+            slot_row = tl.load(slots_ptr + slot, mask=t * COLUMNS + c_C < w, other=-1)
+            seen, row_C = slot_row >= 0, slot_row.to(tl.int64)
+        else:
+            seen, row_C = place_C < count, (start + place_C).to(tl.int64)
+        dtype = weight_ptr.dtype.element_ty
 
-        q_at = q_ptr + (row_R * q_stride + h * K)[:, None] + d_D[None, :]
         k_at = k_ptr + (row_C * k_stride + h * K)[:, None] + d_D[None, :]
         logit = tl.zeros((ROWS, COLUMNS), tl.float32)
         for d in tl.range(0, K, CHUNK):
             gamma = tl.load(gamma_q_ptr + d + d_D).to(tl.float32) * tl.load(gamma_k_ptr + d + d_D).to(tl.float32)
-            q = tl.load(q_at + d, mask=is_row[:, None], other=0.0).to(tl.float32)
-            k = tl.load(k_at + d, mask=seen[:, None], other=0.0)
-            logit = tl.dot((q * gamma[None, :]).to(dtype), tl.trans(k), logit, input_precision=PRECISION)
+            scaled = (q.load([first_row, h * K + d]).to(tl.float32) * gamma[None, :]).to(dtype)
+            if CACHED:
+                key = tl.load(k_at + d, mask=seen[:, None], other=0.0)
+            else:
+                key = k.load([start + first_place, h * K + d])
+            logit = tl.dot(scaled, tl.trans(key), logit, input_precision=PRECISION)
 
-        dy_at = dy_ptr + (row_R * dy_stride + h * V)[:, None] + d_D[None, :]
         v_at = v_ptr + (row_C * v_stride + h * V)[:, None] + d_D[None, :]
         dweight = tl.zeros((ROWS, COLUMNS), tl.float32)
         for d in tl.range(0, V, CHUNK):
-            dy = tl.load(dy_at + d, mask=is_row[:, None], other=0.0)
-            v = tl.load(v_at + d, mask=seen[:, None], other=0.0)
-            dweight = tl.dot(dy, tl.trans(v), dweight, input_precision=PRECISION)
+            if CACHED:
+                value = tl.load(v_at + d, mask=seen[:, None], other=0.0)
+            else:
+                value = v.load([start + first_place, h * V + d])
+            dweight = tl.dot(dy.load([first_row, h * V + d]), tl.trans(value), dweight, input_precision=PRECISION)
 
         query_norm = tl.load(query_norm_ptr + row_R * H + h, mask=is_row, other=0.0)
         key_norm = tl.load(key_norm_ptr + row_C * H + h, mask=seen, other=0.0)
@@ -139,7 +148,9 @@ def _pair_gradient_kernel(q_ptr, k_ptr, v_ptr, dy_ptr, query_norm_ptr, key_norm_
         delta = tl.load(delta_ptr + row_R * H + h, mask=is_row, other=0.0)
         norms = query_norm[:, None] * key_norm[None, :]
         logit = logit * (norms * scale)
-        visible = seen[None, :] & (cached | (place_C[None, :] <= place_R[:, None]))
+        visible = seen[None, :] & is_row[:, None]
+        if not CACHED:
+            visible = visible & (place_C[None, :] <= place_R[:, None])
         weight = tl.where(visible, tl.exp2(logit * LOG2E - lse[:, None]), 0.0)
         if COMBINE:
             dweight *= tl.sigmoid(tl.load(gate_ptr + h).to(tl.float32))
@@ -170,7 +181,7 @@ def launch_pair_gradient(*, q_MHK: Tensor, k_RHK: Tensor, v_RHV: Tensor, dy_MHV:
                          key_norm_RH: Tensor, gamma_q: Tensor, gamma_k: Tensor, gate_H: Tensor | None, lse_MH: Tensor,
                          delta_MH: Tensor, slots_UHw: Tensor, units: UnitTable, incoming: bool,
                          tile: Tile) -> PairGradient:
-    """One launch over all tiles of queries and places of all blocks."""
+    """A launch over all tiles of queries and slots of all blocks, and one over all tiles of queries and own tokens."""
     heads, key_dim = q_MHK.shape[1:]
     value_dim, slots = v_RHV.shape[2], slots_UHw.shape[2]
     row_tiles, slot_tiles = triton.cdiv(units.size, tile.rows), triton.cdiv(slots, tile.columns)
@@ -178,11 +189,14 @@ def launch_pair_gradient(*, q_MHK: Tensor, k_RHK: Tensor, v_RHV: Tensor, dy_MHV:
     shape = (units.units, heads, row_tiles * tile.rows, column_tiles * tile.columns)
     weight, dlogit = (torch.empty(shape, dtype=k_RHK.dtype, device=q_MHK.device) for _ in range(2))
     along = torch.empty(*shape[:2], column_tiles, shape[2], dtype=torch.float32, device=q_MHK.device)
-    _pair_gradient_kernel[(units.units * heads * row_tiles * column_tiles,)](
-        q_MHK, k_RHK, v_RHV, dy_MHV, query_norm_MH, key_norm_RH, gamma_q, gamma_k,
-        lse_MH if gate_H is None else gate_H, lse_MH, delta_MH, slots_UHw, units.table, weight, dlogit,
-        along, q_MHK.stride(0), k_RHK.stride(0), v_RHV.stride(0), dy_MHV.stride(0), heads, slots,
-        *shape[2:], key_dim**-0.5, K=key_dim, V=value_dim, CHUNK=min(64, key_dim, value_dim), ROWS=tile.rows,
-        COLUMNS=tile.columns, SLOT_TILES=slot_tiles, ROW_TILES=row_tiles, COLUMN_TILES=column_tiles,
-        COMBINE=gate_H is not None, INCOMING=incoming, PRECISION="tf32x3", **tile.launch)
+    chunk = min(64, key_dim, value_dim)
+    for cached, tiles in ((True, slot_tiles), (False, column_tiles - slot_tiles)):
+        _pair_gradient_kernel[(units.units * heads * row_tiles * tiles,)](
+            token_tiles(q_MHK, tile.rows, chunk), token_tiles(k_RHK, tile.columns, chunk),
+            token_tiles(v_RHV, tile.columns, chunk), token_tiles(dy_MHV, tile.rows, chunk), k_RHK, v_RHV,
+            query_norm_MH, key_norm_RH, gamma_q, gamma_k, lse_MH if gate_H is None else gate_H, lse_MH, delta_MH,
+            slots_UHw, units.table, weight, dlogit, along, k_RHK.stride(0), v_RHV.stride(0), heads, slots, *shape[2:],
+            key_dim**-0.5, K=key_dim, V=value_dim, CHUNK=chunk, ROWS=tile.rows, COLUMNS=tile.columns,
+            SLOT_TILES=slot_tiles, ROW_TILES=row_tiles, COLUMN_TILES=column_tiles, CACHED=cached,
+            COMBINE=gate_H is not None, INCOMING=incoming, PRECISION="tf32x3", **tile.launch)
     return PairGradient(weight, dlogit, along, tile.columns, slot_tiles)

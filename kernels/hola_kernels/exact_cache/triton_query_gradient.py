@@ -14,14 +14,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from hola_kernels.descriptors import tiles_of, token_tiles
 from hola_kernels.exact_cache.read_configs import PRODUCT_WIDTH, Tile
 from hola_kernels.exact_cache.triton_pair_gradient import PairGradient
 from hola_kernels.unit_table import UnitTable
 
 
 @triton.jit
-def _query_gradient_kernel(dlogit_ptr, along_ptr, q_ptr, k_ptr, query_norm_ptr, gamma_q_ptr, gamma_k_ptr, slots_ptr,
-                           units_ptr, dq_ptr, part_ptr, q_stride, k_stride, H, w, scratch_rows, scratch_columns, mean,
+def _query_gradient_kernel(dlogit, k, along_ptr, q_ptr, k_ptr, query_norm_ptr, gamma_q_ptr, gamma_k_ptr, slots_ptr,
+                           units_ptr, dq_ptr, part_ptr, q_stride, k_stride, H, w, scratch_rows, mean,
                            scale, K: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
                            SLOT_TILES: tl.constexpr, COLUMN_TILES: tl.constexpr, SUMS: tl.constexpr,
                            ROW_TILES: tl.constexpr, INCOMING: tl.constexpr, ADD: tl.constexpr,
@@ -47,29 +48,26 @@ def _query_gradient_kernel(dlogit_ptr, along_ptr, q_ptr, k_ptr, query_norm_ptr, 
         place_R = tile * ROWS + tl.arange(0, ROWS)
         is_row = place_R < count
         row_R = (start + place_R).to(tl.int64)
-        first = 0 if INCOMING else tl.where(ordinal > 0, 0, SLOT_TILES)
+        slot_tiles = SLOT_TILES if INCOMING else tl.where(ordinal > 0, SLOT_TILES, 0)
         last = SLOT_TILES + tl.cdiv(tl.minimum(count, (tile + 1) * ROWS), COLUMNS)
         t_S = tl.arange(0, SUMS)[:, None]
         along = tl.load(along_ptr + (base * COLUMN_TILES + t_S) * scratch_rows + place_R[None, :],
-                        mask=(t_S >= first) & (t_S < last) & is_row[None, :], other=0.0)
+                        mask=((t_S >= SLOT_TILES) | (t_S < slot_tiles)) & (t_S < last) & is_row[None, :], other=0.0)
         norm = tl.load(query_norm_ptr + row_R * H + h, mask=is_row, other=0.0)
         along = tl.sum(along, 0) * norm * norm * mean
 
-        slot_row = tl.load(slots_ptr + base * w + c_C, mask=c_C < w, other=-1)
-        scratch = dlogit_ptr + base * scratch_rows * scratch_columns
-        scratch_at = place_R[:, None] * scratch_columns + c_C[None, :]
+        scratch_row = (unit * H + h) * scratch_rows + tile * ROWS
         dq = tl.zeros((ROWS, WIDTH), tl.float32)
-        for t in tl.range(first, last):
-            cached = t < SLOT_TILES
-            place_C = (t - SLOT_TILES) * COLUMNS + c_C
-            if SLOT_TILES > 1:
-                slot = t * COLUMNS + c_C
-                slot_row = tl.load(slots_ptr + base * w + slot, mask=cached & (slot < w), other=-1)
-            seen = tl.where(cached, slot_row >= 0, place_C < count)
-            row_C = tl.where(cached, slot_row, start + place_C).to(tl.int64)
-            dlogit = tl.load(scratch + t * COLUMNS + scratch_at)
-            k = tl.load(k_ptr + (row_C * k_stride + h * K)[:, None] + d_W[None, :], mask=seen[:, None], other=0.0)
-            dq = tl.dot(dlogit, k, dq, input_precision=PRECISION)
+        for t in tl.range(0, slot_tiles, num_stages=1):
+            slot = t * COLUMNS + c_C
+            slot_row = tl.load(slots_ptr + base * w + slot, mask=slot < w, other=-1)
+            key = tl.load(k_ptr + (slot_row.to(tl.int64) * k_stride + h * K)[:, None] + d_W[None, :],
+                          mask=(slot_row >= 0)[:, None], other=0.0)
+            dq = tl.dot(dlogit.load([scratch_row, t * COLUMNS]), key, dq, input_precision=PRECISION)
+        for place in tl.range(0, tl.minimum(count, (tile + 1) * ROWS), COLUMNS):
+            # places behind the block's end hold zeros, so the keys of their rows have no effect
+            dq = tl.dot(dlogit.load([scratch_row, SLOT_TILES * COLUMNS + place]),
+                        k.load([start + place, h * K + tl.program_id(1) * WIDTH]), dq, input_precision=PRECISION)
 
         gamma = tl.load(gamma_q_ptr + d_W).to(tl.float32) * tl.load(gamma_k_ptr + d_W).to(tl.float32)
         q = tl.load(q_ptr + (row_R * q_stride + h * K)[:, None] + d_W[None, :], mask=is_row[:, None], other=0.0)
@@ -92,8 +90,9 @@ def launch_query_gradient(*, pairs: PairGradient, q_MHK: Tensor, k_RHK: Tensor, 
     programs = units.units * heads * row_tiles
     part = torch.empty(programs, key_dim, dtype=torch.float32, device=q_MHK.device)
     _query_gradient_kernel[(programs, key_dim // width)](
-        pairs.dlogit, pairs.along, q_MHK, k_RHK, query_norm_MH, gamma_q, gamma_k, slots_UHw, units.table,
-        dq_MHK, part, q_MHK.stride(0), k_RHK.stride(0), heads, slots_UHw.shape[2], *pairs.scratch, mean,
+        tiles_of(pairs.dlogit, pairs.scratch[1], tile.rows, tile.columns), token_tiles(k_RHK, tile.columns, width),
+        pairs.along, q_MHK, k_RHK, query_norm_MH, gamma_q, gamma_k, slots_UHw, units.table,
+        dq_MHK, part, q_MHK.stride(0), k_RHK.stride(0), heads, slots_UHw.shape[2], pairs.scratch[0], mean,
         key_dim**-0.5, K=key_dim, WIDTH=width, ROWS=tile.rows, COLUMNS=tile.columns, SLOT_TILES=pairs.slot_tiles,
         COLUMN_TILES=column_tiles, SUMS=triton.next_power_of_2(column_tiles), ROW_TILES=row_tiles,
         INCOMING=incoming, ADD=add, PRECISION="tf32x3", **tile.launch)

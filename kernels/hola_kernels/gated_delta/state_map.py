@@ -55,14 +55,19 @@ def entering_gradient(*, q: Tensor, k: Tensor, log_decay: Tensor, beta: Tensor, 
 
 
 def compose(maps_NHKW: Tensor) -> Tensor:
-    """One map of N that follow each other, as [E | M] [..., N, H, K, V + K] -> [..., H, K, V + K]."""
-    pieces, key_dim = maps_NHKW.unbind(-4), maps_NHKW.shape[-2]
-    total = pieces[0]
-    for piece in pieces[1:]:
-        addition, matrix = piece.split([piece.shape[-1] - key_dim, key_dim], -1)
-        total = matrix @ total
-        total[..., : addition.shape[-1]] += addition
-    return total
+    """One map of N that follow each other, as [E | M] [..., N, H, K, V + K] -> [..., H, K, V + K].
+
+    Neighbours are joined two by two, so few products follow each other.
+    """
+    key_dim = maps_NHKW.shape[-2]
+    value_dim = maps_NHKW.shape[-1] - key_dim
+    while (count := maps_NHKW.shape[-4]) > 1:
+        pairs = maps_NHKW[..., : count // 2 * 2, :, :, :].unflatten(-4, (-1, 2))
+        earlier, later = pairs.unbind(-4)
+        joined = later[..., value_dim:] @ earlier
+        joined[..., :value_dim] += later[..., :value_dim]
+        maps_NHKW = torch.cat([joined, maps_NHKW[..., count // 2 * 2:, :, :, :]], -4) if count % 2 else joined
+    return maps_NHKW.squeeze(-4)
 
 
 def _dense_cuts(tokens: int, pieces: int, device: torch.device) -> Tensor:
@@ -127,7 +132,7 @@ def _host_cuts(tokens: int, pieces: int) -> Tensor:
 def _map_triton(k: Tensor, v: Tensor, log_decay: Tensor, beta: Tensor, pieces: int) -> Tensor:
     from hola_kernels.gated_delta.triton_pieces import piece_maps  # on first use: triton may be missing
 
-    return compose(piece_maps(k, v, log_decay, beta, _host_cuts(k.shape[0], pieces)))
+    return piece_maps(k, v, log_decay, beta, _host_cuts(k.shape[0], pieces))
 
 
 def _gradient_triton(q: Tensor, k: Tensor, log_decay: Tensor, beta: Tensor, do: Tensor, pieces: int) -> Tensor:

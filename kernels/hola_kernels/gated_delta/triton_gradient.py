@@ -23,7 +23,10 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
+from hola_kernels.descriptors import tiles_of
+from hola_kernels.gated_delta.triton_layout import CHUNK
 from hola_kernels.gated_delta.triton_prepare import BETA, DECAY, KEY_NORM, QUERY_NORM, SCALES
 from hola_kernels.triton_config import Launch, launch_of
 
@@ -36,38 +39,39 @@ DECAY_Q = tl.constexpr(3)    # dg through the incoming state, from q
 
 
 @triton.jit
-def _matrix_kernel(k, do, dr, residual, scales, attend, chunks, dv, dbeta, to_dq, from_q, from_k, sums,
+def _matrix_kernel(k, do, dr, residual, dr_rows, scales, attend, chunks, dv, dbeta, to_dq, from_q, from_k, sums,
                    H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
-                   ROWS: tl.constexpr, SUM_ROWS: tl.constexpr, PRECISION: tl.constexpr):
+                   ROWS: tl.constexpr, SUM_ROWS: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr):
     """One program a chunk and head: do e^T, dr e^T and k k^T [64, 64] in registers; tiles [64, BV] of v, [64, 64] of k.
 
     Writes dv, dbeta and, ready to be multiplied, M rk beta, M^T rq and (G + G^T) rk, rows without their factor beta.
     """
     pid = tl.program_id(0)
     chunk, head = pid // H, pid % H
-    start = tl.load(chunks + chunk * 2).to(tl.int64)
+    start = tl.load(chunks + chunk * 2)
     length = tl.load(chunks + chunk * 2 + 1)
     place, col = tl.arange(0, C), tl.arange(0, BV)
     inside = place < length
-    at, here = start * H + head, pid.to(tl.int64)
-    narrow = k.dtype.element_ty
+    at, here = start.to(tl.int64) * H + head, pid.to(tl.int64)
+    narrow = k.dtype
     row = scales + here * (ROWS * C) + place
     g, b = tl.load(row + DECAY * C), tl.load(row + BETA * C)
     rk, rq = tl.load(row + KEY_NORM * C), tl.load(row + QUERY_NORM * C)
 
     do_e_CC, dr_e_CC = tl.zeros([C, C], tl.float32), tl.zeros([C, C], tl.float32)
     value_tile = at * V + place[:, None] * (H * V) + col[None, :]
-    for j in tl.range(0, V // BV, num_stages=1):  # one stage: dr goes into a product and into dv
-        do_CV = tl.load(do + j * BV + value_tile, mask=inside[:, None], other=0.0)
-        dr_CV = tl.load(dr + j * BV + value_tile, mask=inside[:, None], other=0.0)
-        e_CV = tl.load(residual + j * BV + value_tile, mask=inside[:, None], other=0.0)
+    for j in tl.range(0, V // BV, num_stages=STAGES):
+        do_CV = do.load([start, head * V + j * BV])
+        dr_CV = dr.load([start, head * V + j * BV])
+        e_CV = residual.load([start, head * V + j * BV])
         do_e_CC = tl.dot(do_CV, tl.trans(e_CV), do_e_CC, input_precision=PRECISION)
         dr_e_CC = tl.dot(dr_CV, tl.trans(e_CV), dr_e_CC, input_precision=PRECISION)
-        tl.store(dv + j * BV + value_tile, (dr_CV.to(tl.float32) * b[:, None]).to(narrow), mask=inside[:, None])
+        # once more for dv: a tile that goes into a product must not go into registers as well
+        again_CV = tl.load(dr_rows + j * BV + value_tile, mask=inside[:, None], other=0.0).to(tl.float32)
+        tl.store(dv + j * BV + value_tile, (again_CV * b[:, None]).to(narrow), mask=inside[:, None])
     kk_CC = tl.zeros([C, C], tl.float32)
-    part_tile = at * K + place[:, None] * (H * K) + tl.arange(0, 64)[None, :]
-    for part in tl.range(0, K // 64, num_stages=1):
-        k_C64 = tl.load(k + part * 64 + part_tile, mask=inside[:, None], other=0.0)
+    for part in tl.range(0, K // 64, num_stages=STAGES):
+        k_C64 = k.load([start, head * K + part * 64])
         kk_CC = tl.dot(k_C64, tl.trans(k_C64), kk_CC, input_precision=PRECISION)
 
     root: tl.constexpr = K ** -0.5
@@ -97,26 +101,22 @@ def _matrix_kernel(k, do, dr, residual, scales, attend, chunks, dv, dbeta, to_dq
 
 
 @triton.jit
-def _query_kernel(q, k, do, states, scales, to_dq, chunks, sums, dq, value_tiles,
+def _query_kernel(q, k, do, states, scales, to_dq, chunks, sums, dq,
                   H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
                   ROWS: tl.constexpr, SUM_ROWS: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr):
     """One program a chunk and head: dq [64, K] in registers; do [64, BV], S^T [BV, K] in shared memory, STAGES deep."""
     pid = tl.program_id(0)
     chunk, head = pid // H, pid % H
-    start = tl.load(chunks + chunk * 2).to(tl.int64)
+    start = tl.load(chunks + chunk * 2)
     length = tl.load(chunks + chunk * 2 + 1)
-    place, dim, col = tl.arange(0, C), tl.arange(0, K), tl.arange(0, BV)
-    inside = place < length
-    at, here = start * H + head, pid.to(tl.int64)
-    narrow = k.dtype.element_ty
-    value_tile = at * V + place[:, None] * (H * V) + col[None, :]
-    state_tile = here * (V * K) + col[:, None] * K + dim[None, :]
-    key_tile = at * K + place[:, None] * (H * K) + dim[None, :]
+    place, dim = tl.arange(0, C), tl.arange(0, K)
+    here = pid.to(tl.int64)
+    narrow = k.dtype
 
     dq_CK = tl.zeros([C, K], tl.float32)
-    for j in tl.range(0, value_tiles, num_stages=STAGES):
-        do_CV = tl.load(do + j * BV + value_tile, mask=inside[:, None], other=0.0)
-        s_VK = tl.load(states + j * (BV * K) + state_tile)
+    for j in tl.range(0, V // BV, num_stages=STAGES):
+        do_CV = do.load([start, head * V + j * BV])
+        s_VK = states.load([pid * V + j * BV, 0])
         dq_CK = tl.dot(do_CV, s_VK, dq_CK, input_precision=PRECISION)
 
     row = scales + here * (ROWS * C) + place
@@ -125,20 +125,20 @@ def _query_kernel(q, k, do, states, scales, to_dq, chunks, sums, dq, value_tiles
     # q meets the accumulator as a product with the identity: exact, and already in the accumulator's layout
     # (a loaded tile would make the compiler move the [64, K] product through shared memory for its row sums)
     identity = tl.where(place[:, None] == place[None, :], 1.0, 0.0).to(narrow)
-    q_CK = tl.load(q + key_tile, mask=inside[:, None], other=0.0)
+    q_CK = q.load([start, head * K])
     unit_CK = tl.dot(identity, q_CK, input_precision=PRECISION) * rq[:, None]
     along = tl.sum(dq_CK * unit_CK, 1)
     row = sums + here * (SUM_ROWS * C) + place
     tl.store(row + DECAY_Q * C, along)
     dq_CK -= unit_CK * (along + tl.load(row + ALONG_Q * C))[:, None]
-    k_CK = tl.load(k + key_tile, mask=inside[:, None], other=0.0)
-    m_CC = tl.load(to_dq + here * (C * C) + place[:, None] * C + place[None, :])
+    k_CK, m_CC = k.load([start, head * K]), to_dq.load([pid * C, 0])
     dq_CK = dq_CK * rq[:, None] + tl.dot(m_CC, k_CK, input_precision=PRECISION) * rq[:, None]
-    tl.store(dq + key_tile, dq_CK.to(narrow), mask=inside[:, None])
+    key_tile = (start.to(tl.int64) * H + head) * K + place[:, None] * (H * K) + dim[None, :]
+    tl.store(dq + key_tile, dq_CK.to(narrow), mask=(place < length)[:, None])
 
 
 @triton.jit
-def _key_kernel(q, k, dr, residual, states, dstates, scales, from_q, from_k, chunks, sums, dk, dlog_decay, value_tiles,
+def _key_kernel(q, k, dr, residual, states, dstates, scales, from_q, from_k, chunks, sums, dk, dlog_decay,
                 H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
                 ROWS: tl.constexpr, SUM_ROWS: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr):
     """One program a chunk and head: dk from before and from after [64, K] and S dS^T [BV, BV] in registers.
@@ -147,28 +147,19 @@ def _key_kernel(q, k, dr, residual, states, dstates, scales, from_q, from_k, chu
     """
     pid = tl.program_id(0)
     chunk, head = pid // H, pid % H
-    start = tl.load(chunks + chunk * 2).to(tl.int64)
+    start = tl.load(chunks + chunk * 2)
     length = tl.load(chunks + chunk * 2 + 1)
     place, dim, col = tl.arange(0, C), tl.arange(0, K), tl.arange(0, BV)
-    inside = place < length
-    at, here = start * H + head, pid.to(tl.int64)
-    narrow = k.dtype.element_ty
-    value_tile = at * V + place[:, None] * (H * V) + col[None, :]
-    state_tile = here * (V * K) + col[:, None] * K + dim[None, :]
-    key_tile = at * K + place[:, None] * (H * K) + dim[None, :]
-    matrix = here * (C * C) + place[:, None] * C + place[None, :]
+    inside, here = place < length, pid.to(tl.int64)
+    narrow = k.dtype
 
-    # asked for before the loop, so that nothing waits for them after it
-    k_CK = tl.load(k + key_tile, mask=inside[:, None], other=0.0)
-    q_CK = tl.load(q + key_tile, mask=inside[:, None], other=0.0)
-    from_k_CC, from_q_CC = tl.load(from_k + matrix), tl.load(from_q + matrix)
     dk_CK, after_CK = tl.zeros([C, K], tl.float32), tl.zeros([C, K], tl.float32)
     product_VV = tl.zeros([BV, BV], tl.float32)
-    for j in tl.range(0, value_tiles, num_stages=STAGES):
-        dr_CV = tl.load(dr + j * BV + value_tile, mask=inside[:, None], other=0.0)
-        e_CV = tl.load(residual + j * BV + value_tile, mask=inside[:, None], other=0.0)
-        s_VK = tl.load(states + j * (BV * K) + state_tile)
-        ds_VK = tl.load(dstates + j * (BV * K) + state_tile)
+    for j in tl.range(0, V // BV, num_stages=STAGES):
+        dr_CV = dr.load([start, head * V + j * BV])
+        e_CV = residual.load([start, head * V + j * BV])
+        s_VK = states.load([pid * V + j * BV, 0])
+        ds_VK = dstates.load([pid * V + j * BV, 0])
         dk_CK = tl.dot(dr_CV, s_VK, dk_CK, input_precision=PRECISION)
         after_CK = tl.dot(e_CV, ds_VK, after_CK, input_precision=PRECISION)
         product_VV = tl.dot(s_VK, tl.trans(ds_VK), product_VV, input_precision=PRECISION)
@@ -177,6 +168,8 @@ def _key_kernel(q, k, dr, residual, states, dstates, scales, from_q, from_k, chu
     row = scales + here * (ROWS * C) + place
     g, b, rk = tl.load(row + DECAY * C), tl.load(row + BETA * C), tl.load(row + KEY_NORM * C)
     g_end = tl.load(scales + here * (ROWS * C) + DECAY * C + (C - 1))
+    k_CK, q_CK = k.load([start, head * K]), q.load([start, head * K])
+    from_k_CC, from_q_CC = from_k.load([pid * C, 0]), from_q.load([pid * C, 0])
     dk_CK *= (-tl.exp(g) * b)[:, None]
     after_CK *= (tl.exp(g_end - g) * b)[:, None]
     identity = tl.where(place[:, None] == place[None, :], 1.0, 0.0).to(narrow)  # as in the query kernel
@@ -188,6 +181,8 @@ def _key_kernel(q, k, dr, residual, states, dstates, scales, from_q, from_k, chu
     # beta multiplies the products and not their sum: two products into one accumulator would count as a chain
     dk_CK += tl.dot(from_k_CC, k_CK, input_precision=PRECISION) * b[:, None]
     dk_CK += tl.dot(from_q_CC, q_CK, input_precision=PRECISION) * b[:, None]
+    at = start.to(tl.int64) * H + head
+    key_tile = at * K + place[:, None] * (H * K) + dim[None, :]
     tl.store(dk + key_tile, (dk_CK * rk[:, None]).to(narrow), mask=inside[:, None])
 
     boundary = tl.exp(g_end) * trace + tl.sum(outgoing, 0)
@@ -211,16 +206,33 @@ def chunk_gradients(*, q_MHK: Tensor, k_MHK: Tensor, do_MHV: Tensor, residual: T
     key = (key_dim, value_dim, do_MHV.element_size())
 
     def options(launch: Launch) -> dict[str, object]:
-        return {"H": heads, "K": key_dim, "V": value_dim, "BV": launch.tile, "C": 64, "ROWS": SCALES, "SUM_ROWS": SUMS,
-                "PRECISION": precision, "num_warps": launch.warps, "maxnreg": launch.registers}
+        return {"H": heads, "K": key_dim, "V": value_dim, "BV": launch.tile, "C": CHUNK, "ROWS": SCALES,
+                "SUM_ROWS": SUMS, "PRECISION": precision, "STAGES": launch.stages, "num_warps": launch.warps,
+                "maxnreg": launch.registers}
+
+    def keys(x: Tensor, columns: int = key_dim) -> TensorDescriptor:
+        return tiles_of(x, heads * key_dim, CHUNK, columns)
+
+    def values(x: Tensor, launch: Launch) -> TensorDescriptor:
+        return tiles_of(x, heads * value_dim, CHUNK, launch.tile)
+
+    def matrices(x: Tensor) -> TensorDescriptor:
+        return tiles_of(x, CHUNK, CHUNK, CHUNK)
+
+    def states_of(x: Tensor, launch: Launch) -> TensorDescriptor:
+        return tiles_of(x, key_dim, launch.tile, key_dim)
 
     launch = launch_of("gated_delta_matrices", *key)
-    _matrix_kernel[grid](k_MHK, do_MHV, dr, residual, scales, attend, chunks, dv, dbeta, to_dq, from_q, from_k, sums,
-                         **options(launch))
+    _matrix_kernel[grid](
+        keys(k_MHK, 64), values(do_MHV, launch), values(dr, launch), values(residual, launch), dr, scales, attend,
+        chunks, dv, dbeta, to_dq, from_q, from_k, sums, **options(launch))
     launch = launch_of("gated_delta_dq", *key)
-    _query_kernel[grid](q_MHK, k_MHK, do_MHV, states, scales, to_dq, chunks, sums, dq, value_dim // launch.tile,
-                        STAGES=launch.stages, **options(launch))
+    _query_kernel[grid](
+        keys(q_MHK), keys(k_MHK), values(do_MHV, launch), states_of(states, launch), scales, matrices(to_dq), chunks,
+        sums, dq, **options(launch))
     launch = launch_of("gated_delta_dk", *key)
-    _key_kernel[grid](q_MHK, k_MHK, dr, residual, states, dstates, scales, from_q, from_k, chunks, sums, dk, dlog_decay,
-                      value_dim // launch.tile, STAGES=launch.stages, **options(launch))
+    _key_kernel[grid](
+        keys(q_MHK), keys(k_MHK), values(dr, launch), values(residual, launch), states_of(states, launch),
+        states_of(dstates, launch), scales, matrices(from_q), matrices(from_k), chunks, sums, dk, dlog_decay,
+        **options(launch))
     return dq, dk, dv, dlog_decay, dbeta

@@ -22,12 +22,14 @@ class Layout:
     spans [P, 3] int32: first token, end token, first chunk of each span
     segment_spans [N, 2] int32: first span of each segment and how many it has (at least one, maybe empty)
     most_spans: of any segment; 1 when nothing is split
+    end_spans: how many the first and the last segment have
     """
 
     chunks: Tensor
     spans: Tensor
     segment_spans: Tensor
     most_spans: int
+    end_spans: tuple[int, int] = (0, 0)
 
     @property
     def chunk_count(self) -> int:
@@ -82,9 +84,9 @@ def cut_spans(cuts: list[int], device: torch.device, span_chunks: int) -> Layout
     def table(*columns: Tensor) -> Tensor:
         return torch.stack(columns, 1).to(torch.int32).to(device, non_blocking=True)
 
-    longest = int(spans_of.max()) if spans_of.numel() else 0
+    counts = spans_of.tolist() or [0]
     return Layout(table(chunk_first, chunk_last - chunk_first), table(span_first, span_last, span_chunk),
-                  table(first_span, spans_of), longest)
+                  table(first_span, spans_of), max(counts), (counts[0], counts[-1]))
 
 
 def _cut(start: Tensor, end: Tensor, size: int, at_least: int = 0) -> tuple[Tensor, Tensor, Tensor]:

@@ -19,6 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from hola_kernels.descriptors import tiles_of
 from hola_kernels.norms import L2_EPS
 from hola_kernels.triton_config import launch_of
 
@@ -44,23 +45,22 @@ def _prepare_kernel(q, k, log_decay, beta, chunks, scales, solve, attend,
     """One program a chunk and head. The [64, 64] matrices live in registers, fp32; k and q pass in parts [64, PART]."""
     pid = tl.program_id(0)
     chunk, head = pid // H, pid % H
-    start = tl.load(chunks + chunk * 2).to(tl.int64)
+    start = tl.load(chunks + chunk * 2)
     length = tl.load(chunks + chunk * 2 + 1)
     place = tl.arange(0, C)
     inside = place < length
-    tile = place[:, None] * (H * K) + tl.arange(0, PART)[None, :]
-    g = tl.load(log_decay + start * H + head + place * H, mask=inside, other=0.0).to(tl.float32)
-    b = tl.load(beta + start * H + head + place * H, mask=inside, other=0.0).to(tl.float32)
+    at = start.to(tl.int64) * H + head + place * H
+    g = tl.load(log_decay + at, mask=inside, other=0.0).to(tl.float32)
+    b = tl.load(beta + at, mask=inside, other=0.0).to(tl.float32)
 
     g = tl.cumsum(g, 0)
     g_end = tl.sum(tl.where(place == C - 1, g, 0.0), 0)
     kk_CC, qk_CC, qq_CC = tl.zeros([C, C], tl.float32), tl.zeros([C, C], tl.float32), tl.zeros([C, C], tl.float32)
     for part in tl.range(0, K // PART, num_stages=STAGES):
-        from_here = (start * H + head) * K + part * PART
         # products only: Triton 3.6 and 3.7 overwrite a tile too early that a pipelined loop both multiplies and
         # reads into registers, so the lengths come from the diagonals as well
-        k_CP = tl.load(k + from_here + tile, mask=inside[:, None], other=0.0)
-        q_CP = tl.load(q + from_here + tile, mask=inside[:, None], other=0.0)
+        k_CP = k.load([start, head * K + part * PART])
+        q_CP = q.load([start, head * K + part * PART])
         kk_CC = tl.dot(k_CP, tl.trans(k_CP), kk_CC, input_precision=PRECISION)
         qk_CC = tl.dot(q_CP, tl.trans(k_CP), qk_CC, input_precision=PRECISION)
         qq_CC = tl.dot(q_CP, tl.trans(q_CP), qq_CC, input_precision=PRECISION)
@@ -130,7 +130,8 @@ def prepare(*, q_MHK: Tensor, k_MHK: Tensor, log_decay_MH: Tensor, beta_MH: Tens
     solve_precision = SOLVE_PRECISION[q_MHK.element_size()] if q_MHK.is_cuda else "ieee"
     if count:
         _prepare_kernel[(count * heads,)](
-            q_MHK, k_MHK, log_decay_MH, beta_MH, chunks, scales, solve, attend, H=heads, K=key_dim, C=size,
+            tiles_of(q_MHK, heads * key_dim, size, launch.tile), tiles_of(k_MHK, heads * key_dim, size, launch.tile),
+            log_decay_MH, beta_MH, chunks, scales, solve, attend, H=heads, K=key_dim, C=size,
             ROWS=SCALES, EPS=L2_EPS, PART=launch.tile, STAGES=launch.stages, PRECISION=precision, SOLVE=solve_precision,
             num_warps=launch.warps, maxnreg=launch.registers)
     return scales, solve, attend

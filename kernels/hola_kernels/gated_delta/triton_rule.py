@@ -90,16 +90,30 @@ def rule_forward(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, beta: Tenso
     Kept: each chunk's U and P (256 bytes a token and head) and scales (32); of a split sequence also the map of
     each span and the state entering it.
     """
-    state = None if state is None else state.contiguous()
+    return finish_rule(q, k, v, begin_rule(q, k, v, log_decay, beta, layout), state, layout)
+
+
+def begin_rule(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, beta: Tensor,
+               layout: Layout) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """What needs no state: every chunk's scales, U and P, and where sequences are split the map of every span."""
     precision = _precision(v)
     scales, solve, attend = prepare(q_MHK=q, k_MHK=k, log_decay_MH=log_decay, beta_MH=beta, chunks=layout.chunks,
                                     precision=precision)
     maps = None
     if layout.most_spans > 1:
         maps = span_maps(k_MHK=k, v_MHV=v, scales=scales, solve=solve, layout=layout, precision=precision)
+    return scales, solve, attend, maps
+
+
+def finish_rule(q: Tensor, k: Tensor, v: Tensor, begun: tuple[Tensor, Tensor, Tensor, Tensor | None],
+                state: Tensor | None, layout: Layout) -> tuple[Tensor, Tensor, Tensor, tuple[Tensor | None, ...]]:
+    """The rest of `rule_forward`, from what `begin_rule` returned and the state entering every segment."""
+    scales, solve, attend, maps = begun
+    state = None if state is None else state.contiguous()
+    if maps is not None:
         state = entering_states(maps=maps, layout=layout, state_NHKV=state, value_dim=v.shape[2])
     o, square, last = walk_forward(q_MHK=q, k_MHK=k, v_MHV=v, scales=scales, solve=solve, attend=attend,
-                                   layout=layout, state_PHKV=state, precision=precision)
+                                   layout=layout, state_PHKV=state, precision=_precision(v))
     if maps is not None:
         last = last[layout.segment_spans.sum(1) - 1]
     return o, square, last, (state, scales, solve, attend, maps)
@@ -108,21 +122,43 @@ def rule_forward(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, beta: Tenso
 def rule_backward(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, beta: Tensor, kept: Sequence[Tensor | None],
                   layout: Layout, do: Tensor, dlast: Tensor | None) -> tuple[Tensor, ...]:
     """(dq, dk, dv, dlog_decay, dbeta, dstate) from contiguous do and the last state's gradient."""
+    asked = None if kept[-1] is None else asked_of_spans(q, k, kept, layout, do)
+    walked = walk_back(q, k, v, kept, layout, do, dlast, asked)
+    gradients = gradients_of_chunks(q, k, v, log_decay, beta, kept, layout, do, walked)
+    dstate = walked[2]
+    return *gradients, dstate if kept[-1] is None else dstate[layout.segment_spans[:, 0]]
+
+
+def asked_of_spans(q: Tensor, k: Tensor, kept: Sequence[Tensor | None], layout: Layout, do: Tensor) -> Tensor:
+    """What each span's own outputs ask of the state entering it, [P, H, K, V] fp32."""
+    _, scales, solve, attend, _ = kept
+    return walk_backward(q_MHK=q, k_MHK=k, do_MHV=do, scales=scales, solve=solve, attend=attend, layout=layout,
+                         dstate_PHKV=None, precision=_precision(do), every_chunk=False)[2]
+
+
+def walk_back(q: Tensor, k: Tensor, v: Tensor, kept: Sequence[Tensor | None], layout: Layout, do: Tensor,
+              dlast: Tensor | None, asked: Tensor | None) -> tuple[Tensor, ...]:
+    """(dr, dstates, dstate, states, residual) of all chunks; asked: of the spans, where sequences are split."""
     state, scales, solve, attend, maps = kept
     precision = _precision(v)
     dlast = None if dlast is None else dlast.contiguous()
-    walk = {"q_MHK": q, "k_MHK": k, "do_MHV": do, "scales": scales, "solve": solve, "attend": attend,
-            "layout": layout, "precision": precision}
     if maps is not None:
-        _, _, dentering = walk_backward(**walk, dstate_PHKV=None, every_chunk=False)
-        dlast = leaving_gradients(maps=maps, dentering=dentering, layout=layout, dstate_NHKV=dlast)
-    dr, dstates, dstate = walk_backward(**walk, dstate_PHKV=dlast)
-    states, residual = recompute_states(k_MHK=k, v_MHV=v, scales=scales, solve=solve, layout=layout,
-                                        state_PHKV=state, precision=precision)
-    gradients = chunk_gradients(
+        dlast = leaving_gradients(maps=maps, dentering=asked, layout=layout, dstate_NHKV=dlast)
+    back = walk_backward(q_MHK=q, k_MHK=k, do_MHV=do, scales=scales, solve=solve, attend=attend, layout=layout,
+                         dstate_PHKV=dlast, precision=precision)
+    return *back, *recompute_states(k_MHK=k, v_MHV=v, scales=scales, solve=solve, layout=layout, state_PHKV=state,
+                                    precision=precision)
+
+
+def gradients_of_chunks(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, beta: Tensor,
+                        kept: Sequence[Tensor | None], layout: Layout, do: Tensor,
+                        walked: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """(dq, dk, dv, dlog_decay, dbeta) from what `walk_back` returned."""
+    dr, dstates, _, states, residual = walked
+    _, scales, _, attend, _ = kept
+    return chunk_gradients(
         q_MHK=q, k_MHK=k, do_MHV=do, residual=residual, states=states, dstates=dstates, dr=dr, scales=scales,
-        attend=attend, chunks=layout.chunks, log_decay_MH=log_decay, beta_MH=beta, precision=precision)
-    return *gradients, dstate if maps is None else dstate[layout.segment_spans[:, 0]]
+        attend=attend, chunks=layout.chunks, log_decay_MH=log_decay, beta_MH=beta, precision=_precision(v))
 
 
 def _precision(v: Tensor) -> str:

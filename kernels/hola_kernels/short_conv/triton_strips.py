@@ -180,6 +180,7 @@ class ShortConv(torch.autograd.Function):
             CHANNELS=CHANNELS, num_warps=1)
         ctx.save_for_backward(x_MD, weight_DW, cuts, tail_NJD)
         ctx.dense = dense
+        ctx.set_materialize_grads(False)  # nobody's tail has no gradient, and costs no copy of dx
         return y_MD, _tail_after(x_MD, cuts, tail_NJD)
 
     @staticmethod
@@ -187,6 +188,7 @@ class ShortConv(torch.autograd.Function):
         x_MD, weight_DW, cuts, tail_NJD = ctx.saved_tensors
         (tokens, channels), width = x_MD.shape, weight_DW.shape[1]
         strips = _strips(x_MD, cuts, "backward", ctx.dense)
+        dy_MD = torch.zeros_like(x_MD) if dy_MD is None else dy_MD
         dy_MD = dy_MD if dy_MD.stride(1) == 1 else dy_MD.contiguous()
         dx_MD = torch.empty(x_MD.shape, dtype=x_MD.dtype, device=x_MD.device)
         dtail_NJD = torch.zeros_like(tail_NJD)  # documents without tokens have no strip

@@ -1,0 +1,74 @@
+"""The fused layer over ranks, its Triton kernels interpreted, against the torch backend on one rank: float32, gloo.
+
+In a pytest of its own: Triton decides at its import whether it interprets.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+
+sys.path.insert(0, str(Path(__file__).parent))
+sys.path.insert(0, str(Path(__file__).parent.parent / "kernels"))
+
+from context_compare import differences, one_rank
+from context_ranks import PACKINGS, Case, run_case
+from forked import run_on_ranks
+
+pytestmark = pytest.mark.distributed
+RANKS = 4
+NARROW = {"dtype": torch.float32, "key": 64, "value": 64, "backend": "triton"}
+# parts of 60 and 24 tokens cut blocks of 16, parts of 32 do not; parts of 72 hold two spans of a chunk
+CASES = {
+    "empty_and_single": Case(RANKS, 240, PACKINGS["empty_and_single"], **NARROW),
+    "whole_blocks": Case(RANKS, 128, **NARROW),
+    "rows": Case(RANKS, 96, rows=2, **NARROW),
+    "spans": Case(RANKS, 288, (0, 20, 200, 205, 288), **NARROW),
+}
+
+
+def main(rank: int, ranks: int, folder: Path) -> None:
+    from hola_kernels.gated_delta import triton_rule
+
+    dist.init_process_group("gloo")
+    results = {}
+    for name, case in CASES.items():
+        whole = triton_rule.span_chunks
+        triton_rule.span_chunks = (lambda *_: 1) if name == "spans" else whole
+        results[name] = run_case(case, rank, dist.group.WORLD)
+        triton_rule.span_chunks = whole
+    torch.save(results, folder / f"rank{rank}.pt")
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+if os.environ.get("TRITON_INTERPRET") != "1":
+    def test_under_the_interpreter():
+        pytest.importorskip("triton")
+        environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+        done = subprocess.run([sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", __file__],
+                              env=environment, capture_output=True, text=True, timeout=580, check=False)
+        assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
+else:
+    @pytest.fixture(scope="module")
+    def found(tmp_path_factory) -> list[dict]:
+        folder = tmp_path_factory.mktemp("ranks")
+        run_on_ranks(main, RANKS, folder, timeout=500)
+        return [torch.load(folder / f"rank{rank}.pt", weights_only=False) for rank in range(RANKS)]
+
+    @pytest.mark.parametrize("name", CASES)
+    def test_ranks_together_equal_one_rank(name, found):
+        case = replace(CASES[name], backend="torch")
+        measured = differences([rank[name] for rank in found], one_rank(case), case)
+        for what, error in measured.items():
+            assert error < (1e-4 if what.startswith("d") else 1e-5), (what, measured)
+        messages = [[sent.what for sent in found[1][name][way]] for way in ("forward", "backward")]
+        assert messages == [["state maps", "open block", "cache shards"],
+                            ["state gradients", "cache shard gradients", "open block gradients"]]
