@@ -11,6 +11,7 @@ import dataclasses
 import difflib
 import json
 import re
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
@@ -75,7 +76,8 @@ class ModelConfig:
     init_std: float = Field(0.02, gt=0, description="standard deviation of the normal initialisation")
     cache: CacheConfig = Field(default_factory=CacheConfig, description="exact memory of H layers")
     moe: MoeConfig = Field(default_factory=MoeConfig, description="experts in place of MLPs")
-    backend: Literal["auto", "reference", "torch", "triton"] = Field("auto", description="kernels of H and G layers")
+    backend: Literal["auto", "reference", "torch", "triton"] = Field(
+        "auto", description="our kernels: those of H and G layers, of the MLP and of the loss")
     layer_spec: Literal["auto", "local", "te"] = Field(
         "auto", description="linear layers and norms: Megatron's own, or Transformer Engine's; auto takes te on a GPU")
 
@@ -587,16 +589,21 @@ def _is_union_tag(part: Any) -> bool:
 
 def describe_fields() -> list[tuple[str, str, str]]:
     """(dotted key, default, description) of every field, for documentation and tests."""
-    rows = []
+    return [(key, "required" if info.is_required() else repr(info.get_default(call_default_factory=True)),
+             info.description or "") for key, info in _every_field(Recipe)]
 
-    def walk(cls: type, prefix: str) -> None:
-        for name, info in cls.__pydantic_fields__.items():
-            inner = _section_class(cls, name)
-            if inner:
-                walk(inner, f"{prefix}{name}.")
-                continue
-            default = "required" if info.is_required() else repr(info.get_default(call_default_factory=True))
-            rows.append((f"{prefix}{name}", default, info.description or ""))
 
-    walk(Recipe, "")
-    return rows
+def default_values() -> dict[str, Any]:
+    """{dotted key: default} of every field that has one."""
+    return {key: info.get_default(call_default_factory=True) for key, info in _every_field(Recipe)
+            if not info.is_required()}
+
+
+def _every_field(cls: type, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """(dotted key, pydantic's account of it) of every field that is no section."""
+    for name, info in cls.__pydantic_fields__.items():
+        inner = _section_class(cls, name)
+        if inner:
+            yield from _every_field(inner, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", info

@@ -18,14 +18,14 @@ import yaml
 
 from hola_megatron.checkpoint.folder import Checkpoint, list_steps, newest_usable, remove, write_durably
 from hola_megatron.checkpoint.save_load import TrainerState
-from hola_megatron.config import Recipe
+from hola_megatron.config import Recipe, default_values
 from hola_megatron.errors import CheckpointError, RecipeError, RunFolderError
 from hola_megatron.parallel.groups import Layout, on_main
 
 REWIND = "rewind.json"
 # what may differ between the parts of one run without changing what is computed
 FREE = ("run_dir", "parallel.", "checkpoint.", "log.", "valid.", "data.valid", "data.cache", "train.micro_batch_size",
-        "train.recompute", "guard.", "model.backend", "model.layer_spec")
+        "train.recompute", "train.logits_budget_gb", "guard.", "model.backend", "model.layer_spec")
 
 
 @dataclass(frozen=True)
@@ -119,9 +119,10 @@ def _move_aside(folder: Path) -> None:
 
 
 def _refuse_changes(recipe: Recipe, checkpoint: Checkpoint, data_fingerprint: str) -> None:
-    before, now = _flat(checkpoint.manifest["recipe"]), _flat(recipe.to_dict())
+    # a field newer than the checkpoint: its default is what the code did before there was the field
+    before, now = default_values() | _flat(checkpoint.manifest["recipe"]), _flat(recipe.to_dict())
     problems = [f"{key}: was {before.get(key)!r} when {checkpoint.path} was saved, now {now.get(key)!r}"
-                for key in sorted(before | now) if before.get(key) != now.get(key) and not key.startswith(FREE)]
+                for key in sorted(before | now) if before.get(key) != now.get(key) and not _is_free(key, recipe)]
     was = checkpoint.manifest.get("data_fingerprint")
     if was is not None and was != data_fingerprint:  # None: imported weights that have read no data yet
         problems.append(f"data.train: the data differ from those of {checkpoint.path} (fingerprint {str(was)[:12]}, "
@@ -129,6 +130,13 @@ def _refuse_changes(recipe: Recipe, checkpoint: Checkpoint, data_fingerprint: st
     if problems:
         raise RecipeError([*problems, "a resumed run must be the same run; undo the change, resume with "
                                       "--allow-change, or start over with --new"])
+
+
+def _is_free(key: str, recipe: Recipe) -> bool:
+    moe = recipe.model.moe
+    if key == "train.micro_batch_size" and moe.experts is not None and moe.balancing == "aux_loss":
+        return False  # the loss that balances experts sees a micro-batch at a time
+    return key.startswith(FREE)
 
 
 def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -117,7 +117,7 @@ def load(engine: MegatronEngine, checkpoint: Checkpoint) -> TrainerState:
     """Restore this rank's share of weights and optimizer; works for any layout the model can have."""
     readers = {kind: TensorReader(checkpoint.path, checkpoint.manifest["tensors"][kind]) for kind in KINDS}
     _check_shapes(engine.parameter_pieces(), readers["weight"])
-    _check_moments(engine, readers)
+    _check_moments(engine, readers, checkpoint.manifest["optimizer_step"] > 0)
     for parameter, its_pieces in _by_parameter(engine.parameter_pieces()):
         values = {}
         for kind in engine.state.kinds(parameter):
@@ -189,13 +189,17 @@ def _besides(engine: MegatronEngine) -> dict[str, dict[str, Tensor]]:
     return {"fp8": engine.fp8_tensors(), "router": engine.router_biases()}
 
 
-def _check_moments(engine: MegatronEngine, stored: dict[str, TensorReader]) -> None:
+def _check_moments(engine: MegatronEngine, stored: dict[str, TensorReader], used: bool) -> None:
+    """used: the optimizer has moved; imported weights come with zero moments that suit any."""
     for piece in engine.parameter_pieces():
-        for kind in engine.state.kinds(piece.parameter):
-            if piece.name not in stored[kind].index:
-                raise CheckpointError(f"{stored[kind].folder}: has no {kind} of {piece.name}; it was saved by "
-                                      f"another optimizer than {engine.recipe.train.optimizer}; set train.optimizer to "
-                                      "that one")
+        wanted = engine.state.kinds(piece.parameter)
+        for kind, reader in stored.items():
+            has = piece.name in reader.index
+            if (kind in wanted and not has) or (kind not in wanted and has and used):
+                raise CheckpointError(f"{reader.folder}: has {'an' if has else 'no'} {kind} of {piece.name}; it was "
+                                      f"saved by another optimizer than {engine.recipe.train.optimizer}; set "
+                                      "train.optimizer to that one, or start a new run from its weights "
+                                      "(tools/convert.py to-hf, from-hf --recipe)")
 
 
 def _by_parameter(all_pieces: list[Piece]) -> list[tuple[torch.nn.Parameter, list[Piece]]]:

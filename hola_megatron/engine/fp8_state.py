@@ -1,9 +1,9 @@
 """What the delayed fp8 recipe remembers from step to step: scales, and the largest numbers they come from.
 
-Transformer Engine keeps both in every quantized linear, outside parameters and optimizer, and would put them into a
-pickled `_extra_state`. A resume without them is not bit for bit, so checkpoints hold them as plain tensors. They are
-maxima over all tensor, data and context ranks, the same on each: one rank's copy is the whole tensor, at any layout.
-The other recipes remember nothing.
+Transformer Engine keeps both in every quantized linear, outside parameters and optimizer, and would save them as
+`_extra_state`, bytes that run code when they are read. A resume without them is not bit for bit, so checkpoints hold
+them as plain tensors. They are maxima over all tensor, data and context ranks, the same on each: one rank's copy is
+the whole tensor, at any layout. The other recipes remember nothing.
 """
 
 from __future__ import annotations
@@ -40,6 +40,9 @@ def restore_fp8(chunks: list[nn.Module], recipe: Any, stored: dict[str, Tensor])
     for name, module in _quantized(chunks):
         values = {state: stored.get(f"{name}.{state[0]}.{state[1]}") for state in STATES}
         if None in values.values():
+            for direction, kind in STATES:
+                if (held := getattr(module.fp8_meta.get(direction), kind, None)) is not None:
+                    held.fill_(1.0 if kind == "scale" else 0.0)
             continue
         module.fp8_meta.update(recipe=recipe, num_gemms=1)
         module.init_fp8_meta_tensors(recipe)

@@ -26,6 +26,7 @@ from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
+from hola_kernels.transfer import sent
 from hola_megatron.config import Recipe, least_part
 from hola_megatron.data.stream import Batch
 from hola_megatron.engine.adam import use_group_step_adam
@@ -120,16 +121,19 @@ class MegatronEngine:
             chunk.train()
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
-        biases = {name: bias.clone() for name, bias in router_biases(self.model).items()}
-        total, tokens = self._run(batches, forward_only=False)
+        scales, biases = ({name: value.clone() for name, value in found.items()}
+                          for found in (self.fp8_tensors(), self.router_biases()))
+        sums = self._run(batches, forward_only=False)
         self.optimizer.prepare_grads()
         grad_norm = float(self.optimizer.get_grad_norm())
+        total, tokens = sums.tolist()  # read only now: reading waits for the device, whose queue would run empty
         loss = total / max(tokens, 1.0)
         problem = judge(loss, grad_norm)
         if self._all_agree(problem is None):
             self._update(grad_norm, learning_rate)
         else:
-            restore_biases(self.model, biases)  # they have followed the batch already
+            self.restore_fp8(scales)  # these two have followed the batch already
+            self.restore_biases(biases)
             problem = problem or "another rank found bad numbers"
         return StepResult(loss, grad_norm, int(tokens), problem)
 
@@ -157,7 +161,7 @@ class MegatronEngine:
         for chunk in self.model:
             chunk.eval()
         with self._without_fp8():
-            total, tokens = self._run(self._whole_rounds(batches), forward_only=True)
+            total, tokens = self._run(self._whole_rounds(batches), forward_only=True).tolist()
         return total, int(tokens)
 
     @contextmanager
@@ -218,7 +222,8 @@ class MegatronEngine:
     def parameter_pieces(self) -> list[Piece]:
         return pieces(self.model, self.layout.tensor_rank, self.layout.tensor)
 
-    def _run(self, batches: list[Batch], forward_only: bool) -> tuple[float, float]:
+    def _run(self, batches: list[Batch], forward_only: bool) -> Tensor:
+        """[summed loss, tokens] float64 over micro-batches and data ranks."""
         rows, length = batches[0].tokens.shape
         packed = batches[0].cu_seqlens is not None
         results = get_forward_backward_func()(
@@ -234,7 +239,7 @@ class MegatronEngine:
 
     def _forward(self, batches: Iterator[Batch], model: torch.nn.Module) -> tuple[Tensor, Any]:
         batch, device = next(batches), self.layout.device
-        tokens, labels, mask = (x.to(device, non_blocking=True) for x in (batch.tokens, batch.labels, batch.loss_mask))
+        tokens, labels, mask = (sent(x, device) for x in (batch.tokens, batch.labels, batch.loss_mask))
         documents, rank, ranks = None, self.layout.context_rank, self.layout.context
         if batch.cu_seqlens is not None:
             documents = Documents.from_cuts(batch.cu_seqlens, device, rank, ranks)
@@ -264,8 +269,8 @@ class MegatronEngine:
             mask=loss_mask, rows=rows, group=parallel_state.get_tensor_model_parallel_group(),
             sequence_parallel=self.config.sequence_parallel, backend=self.recipe.model.backend)
 
-    def _sum_over_ranks(self, results: list[dict[str, Tensor]]) -> tuple[float, float]:
-        """(summed loss, tokens) over micro-batches and data ranks, known to every pipeline stage."""
+    def _sum_over_ranks(self, results: list[dict[str, Tensor]]) -> Tensor:
+        """[summed loss, tokens] over micro-batches and data ranks, known to every pipeline stage."""
         sums = torch.zeros(2, dtype=torch.float64, device=self.layout.device)
         for result in results:
             sums += result["sums"].double()
@@ -273,10 +278,11 @@ class MegatronEngine:
         if self.layout.pipeline > 1:
             last = parallel_state.get_pipeline_model_parallel_last_rank()
             dist.broadcast(sums, last, group=parallel_state.get_pipeline_model_parallel_group())
-        total, tokens = sums.tolist()
-        return total, tokens
+        return sums
 
     def _all_agree(self, fine: bool) -> bool:
+        if self.layout.world == 1:
+            return fine
         flag = torch.tensor([0.0 if fine else 1.0], device=self.layout.device)
         dist.all_reduce(flag, op=dist.ReduceOp.MAX)
         return not flag.item()

@@ -98,7 +98,9 @@ def transformer_config(recipe: Recipe, *, on_cpu: bool, meta: bool = False) -> H
         gated_linear_unit=True,
         activation_func=F.silu,
         add_bias_linear=False,
-        bias_activation_fusion=not (on_cpu or meta),
+        # one MLP: the activation that layer_specs names; experts keep Megatron's, which weighs tokens as well
+        use_te_activation_func=model.moe.experts is None,
+        bias_activation_fusion=model.moe.experts is not None and not (on_cpu or meta),
         cross_entropy_loss_fusion=on_te,
         cross_entropy_fusion_impl="te",
         hidden_dropout=0.0,

@@ -8,6 +8,7 @@ import torch
 from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor
 
+from hola_kernels.transfer import sent
 from hola_megatron.parallel.part import Part
 
 
@@ -27,6 +28,6 @@ class Documents(PackedSeqParams):
         part = Part.of_documents(cu_seqlens, rank, ranks) if ranks > 1 else None
         cuts = cu_seqlens if part is None else part.cuts
         longest = int(cuts.diff().max())
-        on_device = cuts.to(device, non_blocking=True)
+        on_device = sent(cuts, device)
         return cls(qkv_format="thd", cu_seqlens_q=on_device, cu_seqlens_kv=on_device, max_seqlen_q=longest,
                    max_seqlen_kv=longest, cuts=cuts, part=part)

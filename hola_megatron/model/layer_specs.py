@@ -19,6 +19,7 @@ from megatron.core.transformer.transformer_layer import (
 )
 from torch import nn
 
+from hola_megatron.model.activation import SwiGLU
 from hola_megatron.model.config import HolaTransformerConfig, choose_spec
 from hola_megatron.model.mixer import AttentionMixer, DeltaMixer, MixerSubmodules
 from hola_megatron.model.norm import RMSNorm
@@ -48,7 +49,8 @@ def layer_spec(letter: str, kind: str = "local", experts: int | None = None) -> 
         self_attn_bda=get_bias_dropout_add,
         pre_mlp_layernorm=_norm(kind),
         mlp=_experts(kind, experts) if experts else partial(
-            MLP.as_mlp_submodule, submodules=MLPSubmodules(linear_fc1=column, linear_fc2=row)),
+            MLP.as_mlp_submodule,
+            submodules=MLPSubmodules(linear_fc1=column, linear_fc2=row, activation_func=SwiGLU)),
         mlp_bda=get_bias_dropout_add,
     ))
 

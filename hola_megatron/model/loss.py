@@ -21,7 +21,7 @@ from megatron.core.tensor_parallel.mappings import (
 )
 from torch import Tensor
 
-from hola_kernels import cross_entropy_, cross_entropy_gradient_, softmax_statistics
+from hola_kernels.cross_entropy import cross_entropy_, cross_entropy_gradient_, softmax_statistics
 
 
 def summed_loss(*, hidden: Tensor, weight: Tensor, labels: Tensor, mask: Tensor, rows: int, group: dist.ProcessGroup,

@@ -29,6 +29,7 @@ from hola_megatron.model.documents import Documents
 from hola_megatron.model.padding import projection_padding
 from hola_megatron.model.parameters import Section
 from hola_megatron.model.rotary import rotate
+from hola_megatron.model.sections import Room, split_sections
 from hola_megatron.parallel.context import (
     OverRanks,
     attention_over_ranks,
@@ -149,7 +150,7 @@ class DeltaMixer(Mixer):
 
     def mix(self, projected_BSF: Tensor, cuts: Tensor | None, over: OverRanks | None) -> Tensor:
         model = self.model
-        tokens, out_gate, maps = self._tokens(projected_BSF, cuts, over)
+        tokens, out_gate, gate_room, maps = self._tokens(projected_BSF, cuts, over)
         if self.observer is not None:
             self.observer(self, tokens, cuts, over)
         if over is None:
@@ -162,17 +163,19 @@ class DeltaMixer(Mixer):
         else:
             o_BSHV = keep_state(**tokens, **where, backend=model.backend)[0]
         normed = gated_rms_norm(x=o_BSHV, gate=out_gate, weight=self._shared_by_heads(self.o_norm),
-                                eps=model.norm_eps, backend=model.backend)
+                                eps=model.norm_eps, dgate_room=gate_room, backend=model.backend)
         return normed.flatten(-2)
 
     def _tokens(self, projected_BSF: Tensor, cuts: Tensor | None,
-                over: OverRanks | None) -> tuple[dict[str, Tensor], Tensor, Any]:
-        """q, k, v, log_decay and beta of every token, the output gate [B, S, H, V], and the states' exchange if any."""
+                over: OverRanks | None) -> tuple[dict[str, Tensor], Tensor, Room, Any]:
+        """q, k, v, log_decay and beta of every token, the output gate [B, S, H, V] and the room for its gradient, and
+        the states' exchange if any."""
         model, heads = self.model, self.model.heads // self.tp_size
         leaving = None
         if over is not None:  # under way while the decays are computed
             projected_BSF, leaving = send_conv_tail(projected_BSF, model.conv_width, sum(self.sections[:3]), over)
-        *qkv, gate, rest = projected_BSF.split([*self.sections[:4], sum(self.sections[4:])], -1)
+        widths = [*self.sections[:4], sum(self.sections[4:])]
+        (*qkv, gate, rest), rooms = split_sections(projected_BSF, widths)
         beta = rest[..., :heads].float().sigmoid()
         if model.decay:
             log_decay = -self.A_log.exp() * F.softplus(rest[..., heads: 2 * heads].float() + self.dt_bias)
@@ -187,7 +190,8 @@ class DeltaMixer(Mixer):
 
         def convolved(section: int, width: int) -> Tensor:
             x, weight, before = inputs[section]
-            y = short_conv(x=x, weight=weight, cu_seqlens=cuts, tail=before, backend=model.backend)
+            y = short_conv(x=x, weight=weight, cu_seqlens=cuts, tail=before, dx_room=rooms[section],
+                           backend=model.backend)
             return self._split_heads(y, width)
 
         widths = {"q": model.key_dim, "k": model.key_dim, "v": model.value_dim}
@@ -197,8 +201,8 @@ class DeltaMixer(Mixer):
         if over is not None:
             maps = start_state_exchange(**tokens, over=over, backend=model.backend,
                                         score=model.cache.score if self.exact_cache else None)
-            gate = gate.contiguous()  # the output norm needs it so: a copy while the maps travel
-        return tokens, self._split_heads(gate, model.value_dim), maps
+        return (tokens, self._split_heads(gate, model.value_dim),
+                lambda: self._split_heads(rooms[3](), model.value_dim), maps)
 
     def cache_arguments(self) -> dict[str, Any]:
         """The exact cache's parameters and choices, as hola_attention takes them."""

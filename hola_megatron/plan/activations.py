@@ -1,9 +1,10 @@
 """What one layer keeps from its forward pass for its backward pass, in bytes, term by term.
 
 Every term is a tensor that some autograd function of the layer saves: Megatron's layer and linears (Transformer
-Engine's save the same), hola_kernels' Triton functions, the fused SwiGLU. Views share their storage, copies do not:
-the fused projection is kept whole by the convolutions that read parts of it, and the output gate, a part of
-every row, is copied to be read as rows of one head. `tests/plan` counts the storages of a real layer.
+Engine's save the same), hola_kernels' Triton functions, in experts Megatron's fused SwiGLU. Views share their
+storage, copies do not: the fused projection is kept whole by the convolutions that read parts of it, and the
+output gate, a part of every row, is copied to be read as rows of one head. `tests/plan` counts the storages of
+a real layer.
 Not modelled: the kernels' torch backend, which keeps more (`Share.kernels_problem`).
 
 Letters: M tokens of a micro-batch on this rank, D width, H heads of this rank, K and V a head's key and value width.
@@ -110,10 +111,10 @@ class Share:
     def kernels_problem(self) -> str | None:
         """Why Triton's kernels would not run, so that kernels' memory is only a lower bound; None if they do."""
         model, kinds = self.recipe.model, set(self.recipe.model.layer_kinds)
-        if not kinds & set("HG"):
-            return None
         if model.backend not in ("auto", "triton"):
             return f"model.backend is {model.backend}"
+        if not kinds & set("HG"):
+            return None
         if model.key_dim not in KERNEL_WIDTHS or model.value_dim not in KERNEL_WIDTHS:
             return f"key_dim {model.key_dim} or value_dim {model.value_dim} is not one of 64, 128, 256"
         if model.conv_width > 4:

@@ -1,4 +1,4 @@
-"""Times the exact cache (selection, read), the short convolution and the gated norm on one GPU.
+"""Times the exact cache (selection, read), the short convolution, the gated norm and SwiGLU on one GPU.
 
     PYTHONPATH=kernels python kernels/benchmarks/bench_exact_cache.py [--shape B,T,H,K,V ...]
 
@@ -18,6 +18,7 @@ import triton
 
 from hola_kernels import gated_rms_norm, short_conv
 from hola_kernels.exact_cache import triton_read, verify_cases
+from hola_kernels.swiglu import swiglu
 
 SHAPES = ("16,2048,4,256,256", "16,2048,8,128,128", "8,2048,8,256,256", "1,32768,16,128,128", "1,131072,4,256,256")
 
@@ -69,7 +70,7 @@ def read_parts(batch: int, length: int, heads: int, key: int, value: int) -> dic
 
 
 def around_parts(tokens: int = 32768, channels: int = 3072, heads: int = 4, width: int = 256,
-                 ) -> dict[str, tuple[Callable, float]]:
+                 inner: int = 2816) -> dict[str, tuple[Callable, float]]:
     """The operations around the read, at the shape of a 1,024-wide layer."""
     def random(*shape: int) -> torch.Tensor:
         return torch.randn(*shape, device="cuda", dtype=torch.bfloat16).requires_grad_()
@@ -77,6 +78,7 @@ def around_parts(tokens: int = 32768, channels: int = 3072, heads: int = 4, widt
     x, weight = random(16, tokens // 16, channels), random(channels, 4)
     rows, gate, scale = random(tokens, heads, width), random(tokens, heads, width), random(width)
     dx, drows = torch.randn_like(x), torch.randn_like(rows)
+    both, dinner = random(tokens, 2 * inner), random(tokens, inner).detach()
 
     def conv() -> torch.Tensor:
         return short_conv(x=x, weight=weight, backend="triton")
@@ -84,11 +86,16 @@ def around_parts(tokens: int = 32768, channels: int = 3072, heads: int = 4, widt
     def norm() -> torch.Tensor:
         return gated_rms_norm(x=rows, gate=gate, weight=scale, backend="triton")
 
-    wide, narrow = tokens * channels * 2e-9, tokens * heads * width * 2e-9
+    def mlp() -> torch.Tensor:
+        return swiglu(x=both, backend="triton")
+
+    wide, narrow, middle = (tokens * numbers * 2e-9 for numbers in (channels, heads * width, inner))
     return {"short conv forward": (conv, 2 * wide),
             "short conv fwd+bwd": (lambda: torch.autograd.grad(conv(), [x, weight], dx), 5 * wide),
             "gated norm forward": (norm, 3 * narrow),
-            "gated norm fwd+bwd": (lambda: torch.autograd.grad(norm(), [rows, gate, scale], drows), 8 * narrow)}
+            "gated norm fwd+bwd": (lambda: torch.autograd.grad(norm(), [rows, gate, scale], drows), 8 * narrow),
+            "swiglu forward": (mlp, 3 * middle),
+            "swiglu fwd+bwd": (lambda: torch.autograd.grad(mlp(), both, dinner), 8 * middle)}
 
 
 def median(run: Callable) -> float:

@@ -5,7 +5,6 @@ faster backends with the same signature and the same numbers.
 """
 
 from hola_kernels.attention import hola_attention, hola_attention_step
-from hola_kernels.cross_entropy import cross_entropy_, cross_entropy_gradient_, softmax_statistics
 from hola_kernels.errors import KernelError
 from hola_kernels.exact_cache import exact_read, exact_read_only, read_mass, select_cache
 from hola_kernels.gated_delta import gated_delta_rule
@@ -15,7 +14,6 @@ from hola_kernels.gated_norm import gated_rms_norm
 from hola_kernels.short_conv import short_conv, short_conv_step
 from hola_kernels.state import HolaState
 
-__all__ = ["HolaState", "KernelError", "cross_entropy_", "cross_entropy_gradient_", "entering_gradient", "exact_read",
-           "exact_read_only", "gated_delta_rule", "gated_delta_step", "gated_rms_norm", "hola_attention",
-           "hola_attention_step", "read_mass", "select_cache", "short_conv", "short_conv_step", "softmax_statistics",
-           "state_map"]
+__all__ = ["HolaState", "KernelError", "entering_gradient", "exact_read", "exact_read_only", "gated_delta_rule",
+           "gated_delta_step", "gated_rms_norm", "hola_attention", "hola_attention_step", "read_mass", "select_cache",
+           "short_conv", "short_conv_step", "state_map"]

@@ -9,6 +9,7 @@ from hola_kernels.errors import KernelError
 from hola_kernels.memo import remember
 from hola_kernels.segments import dense_cu_seqlens
 from hola_kernels.state import HolaState
+from hola_kernels.transfer import sent
 
 
 def check_tokens(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, beta: Tensor,
@@ -43,7 +44,7 @@ def _are_cuts(cu_seqlens: Tensor, tokens: int) -> bool:
 def segments_of(x: Tensor, cu_seqlens: Tensor | None) -> Tensor:
     """cu_seqlens of the flattened tokens x [B, T, ...]: as given, or one segment a row."""
     if cu_seqlens is not None:
-        return remember(cu_seqlens, ("on", x.device), lambda: cu_seqlens.to(x.device, torch.int64, non_blocking=True))
+        return remember(cu_seqlens, ("on", x.device), lambda: sent(cu_seqlens.to(torch.int64), x.device))
     return dense_cu_seqlens(x.shape[0], x.shape[1], x.device)
 
 

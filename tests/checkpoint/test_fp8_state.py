@@ -18,6 +18,7 @@ from torch import nn
 from hola_megatron.checkpoint.folder import newest_usable
 from hola_megatron.checkpoint.save_load import Saver, TrainerState, load, state_hash
 from hola_megatron.config import build_recipe
+from hola_megatron.data.stream import Batch
 from hola_megatron.engine.fp8_state import fp8_tensors, restore_fp8
 from hola_megatron.engine.megatron import MegatronEngine
 from hola_megatron.parallel.groups import start
@@ -98,6 +99,20 @@ def test_a_history_of_another_length_is_cut_or_filled(length, saved):
         assert torch.equal(value[:rows], tensors[name][:rows]) and not value[rows:].any()
 
 
+def test_a_refused_batch_leaves_no_trace_in_them(saved):
+    _, tensors, _ = saved
+    made = engine(7)
+
+    def judge(loss: float, grad_norm: float) -> str:
+        for value in made.fp8_tensors().values():
+            value.fill_(torch.inf)  # as the batch would have left them
+        return "no"
+
+    ones = torch.ones(2, 64)
+    assert made.train_step([Batch(ones.long(), ones.long(), ones, None)], 1e-2, judge).problem == "no"
+    assert all(torch.equal(value, tensors[name]) for name, value in made.fp8_tensors().items())
+
+
 def test_a_checkpoint_without_scales_starts_them_anew(tmp_path):
     values = json.loads(json.dumps(MICRO))
     values["data"]["train"] = "unused"
@@ -109,6 +124,10 @@ def test_a_checkpoint_without_scales_starts_them_anew(tmp_path):
     fresh = engine(None)
     load(fresh, newest_usable(tmp_path)[0])
     assert fresh.fp8_tensors() == {}
+    used = engine(7)  # goes back to where there were none
+    load(used, newest_usable(tmp_path)[0])
+    assert {(name.rpartition(".")[2], float(value.min()), float(value.max()))
+            for name, value in used.fp8_tensors().items()} == {("scale", 1.0, 1.0), ("amax_history", 0.0, 0.0)}
 
 
 def test_a_model_trained_in_fp8_is_exported_like_any_other(saved, tmp_path):

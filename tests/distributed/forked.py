@@ -13,12 +13,14 @@ from typing import Any
 from helpers import rank_server
 
 
-def run_on_ranks(target: Callable[..., None], ranks: int, folder: Path, *arguments: Any, timeout: float = 300) -> None:
+def run_on_ranks(target: Callable[..., None], ranks: int, folder: Path, *arguments: Any, timeout: float = 300,
+                 preload: str = "preloaded") -> None:
     """target(rank, ranks, folder, *arguments) in a process each, with torchrun's variables; `folder` gets its output.
 
-    Ends all of them when one fails or the time is over, and shows what they said.
+    preload: what their server imports, in a pytest where nobody has started it before. Ends all of them when one fails
+    or the time is over, and shows what they said.
     """
-    context, port = rank_server()
+    context, port = rank_server(preload)
     processes = [context.Process(target=_rank, args=(target, rank, ranks, port, folder, arguments))
                  for rank in range(ranks)]
     for process in processes:

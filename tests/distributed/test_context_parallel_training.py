@@ -19,9 +19,10 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 from context_layouts import LAYOUTS, main
 from forked import log_of, run_on_ranks
-from helpers import ROOT, checkpoint_tensors, metric_rows, run_program, write_recipe
+from helpers import ROOT, checkpoint_tensors, metric_rows, write_recipe
 
 from hola_megatron.config import load_recipe
+from hola_megatron.data.prepare import PrepareOptions, prepare
 from hola_megatron.errors import RecipeError
 
 pytestmark = pytest.mark.distributed
@@ -40,9 +41,7 @@ def short_documents(tmp_path_factory) -> Path:
                 length = lengths.choice((1, 1, 3, 14, 15, 16, 40, 70, 130, 400))
                 file.write(json.dumps({"text": text[at: at + length]}) + "\n")
                 at += length
-        done = run_program(["tools/prepare_data.py", str(folder / f"{part}.jsonl"), "--tokenizer", "bytes",
-                            "--sequence-length", "64", "--workers", "1", "--out", str(folder / part)], folder / "log")
-        assert done.code == 0, done.output
+        prepare(PrepareOptions([str(folder / f"{part}.jsonl")], str(folder / part), "bytes", 64, workers=1))
     return folder
 
 

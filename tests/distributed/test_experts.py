@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -19,12 +20,12 @@ LAYOUTS = {
 
 
 def train(folder: Path, data: Path, ranks: int, parallel: dict, **changes) -> Path:
-    """Five steps of the micro recipe with experts (again, in the same folder: it goes on)."""
+    """Five steps of the micro recipe with experts (in the folder of a run: the rest of them)."""
     folder.mkdir(exist_ok=True)
     changes = {"model__moe": MOE, **changes}
     recipe = write_recipe(folder / "recipe.yaml", data / "train", parallel=parallel, run_dir=str(folder / "run"),
                           **changes)
-    done = run_ranks([str(recipe), "--allow-change"], folder / "log.txt", ranks=ranks)
+    done = run_ranks([str(recipe)], folder / "log.txt", ranks=ranks)
     assert done.code == 0, done.output[-4000:]
     return folder / "run"
 
@@ -49,27 +50,43 @@ def test_expert_ranks_equal_one_process(layout, alone, text_data, tmp_path):
         assert float((have[name] - tensor).norm() / tensor.norm().clamp_min(1e-3)) < 1e-4, name
 
 
+BY_BIAS = {"model__moe": {**MOE, "balancing": "bias", "bias_rate": 0.01}, "checkpoint": {"every": 3, "keep": 5}}
+LAST = "checkpoints/step_00000005"
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory, text_data) -> Path:
+    """Five steps on two expert ranks without a stop, with a checkpoint at 3."""
+    return train(tmp_path_factory.mktemp("shared"), text_data, 2, {"expert": 2}, **BY_BIAS)
+
+
+def gone_on(run: Path, folder: Path, data: Path, ranks: int, parallel: dict) -> Path:
+    """A copy of the run, killed after step 3 and started again."""
+    shutil.copytree(run, folder / "run")
+    shutil.rmtree(folder / "run" / LAST)
+    again = train(folder, data, ranks, parallel, **BY_BIAS)
+    assert "resuming at step 3" in (folder / "log.txt").read_text()
+    return again
+
+
 @pytest.mark.parametrize(("ranks", "parallel"), [(1, {}), (2, {"expert": 2})], ids=["one", "ep2"])
-def test_a_resume_is_bitwise(ranks, parallel, text_data, tmp_path):
+def test_a_resume_is_bitwise(ranks, parallel, shared, text_data, tmp_path):
     """The router's bias too, which balances without a loss: it is state, and no parameter."""
-    moe = {"model__moe": {**MOE, "balancing": "bias", "bias_rate": 0.01}, "train__schedule": "constant"}
-    whole = train(tmp_path / "whole", text_data, ranks, parallel, **moe)
-    train(tmp_path / "halves", text_data, ranks, parallel, train__steps=3, **moe)
-    halves = train(tmp_path / "halves", text_data, ranks, parallel, **moe)
+    whole = shared if ranks == 2 else train(tmp_path / "whole", text_data, ranks, parallel, **BY_BIAS)
+    again = gone_on(whole, tmp_path, text_data, ranks, parallel)
     for kind in ("weight", "exp_avg", "exp_avg_sq", "router"):
-        want, have = (checkpoint_tensors(path / "checkpoints/step_00000005", kind) for path in (whole, halves))
+        want, have = (checkpoint_tensors(path / LAST, kind) for path in (whole, again))
         assert want.keys() == have.keys() and want
         assert all(want[name].equal(have[name]) for name in want), kind
-    bias = checkpoint_tensors(whole / "checkpoints/step_00000005", "router")["model.layers.0.mlp.router.expert_bias"]
+    bias = checkpoint_tensors(whole / LAST, "router")["model.layers.0.mlp.router.expert_bias"]
     assert bias.shape == (4,) and bias.abs().max() > 0.005
 
 
-def test_a_checkpoint_goes_to_another_number_of_expert_ranks(text_data, tmp_path):
-    """Three steps on two ranks, two more on one: the numbers of one process throughout."""
-    alone = train(tmp_path / "alone", text_data, 1, {}, train__schedule="constant")
-    train(tmp_path / "moved", text_data, 2, {"expert": 2}, train__steps=3, train__schedule="constant")
-    moved = train(tmp_path / "moved", text_data, 1, {}, train__schedule="constant")
-    assert metric_rows(moved)[-1]["loss"] == pytest.approx(metric_rows(alone)[-1]["loss"], rel=1e-5)
-    want, have = (checkpoint_tensors(path / "checkpoints/step_00000005") for path in (alone, moved))
-    for name, tensor in want.items():
-        assert float((have[name] - tensor).norm() / tensor.norm().clamp_min(1e-3)) < 1e-4, name
+def test_a_checkpoint_goes_to_another_number_of_expert_ranks(shared, text_data, tmp_path):
+    """Three steps on two ranks, two more on one: the numbers of two ranks throughout."""
+    moved = gone_on(shared, tmp_path, text_data, 1, {})
+    assert metric_rows(moved)[-1]["loss"] == pytest.approx(metric_rows(shared)[-1]["loss"], rel=1e-5)
+    for kind in ("weight", "router"):
+        want, have = (checkpoint_tensors(path / LAST, kind) for path in (shared, moved))
+        for name, tensor in want.items():
+            assert float((have[name] - tensor).norm() / tensor.norm().clamp_min(1e-3)) < 1e-4, name

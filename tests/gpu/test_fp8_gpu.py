@@ -51,6 +51,7 @@ for step in range(state.step, steps):
 result["hash"] = state_hash(engine)
 result["fp8"] = sorted(engine.fp8_tensors())
 before = {name: value.clone() for name, value in engine.fp8_tensors().items()}
+engine.train_step([batch(50)], 1e-3, lambda *_: "refused")
 result["valid"] = engine.evaluate([batch(99)])[0] / 2048
 result["logits"] = engine.next_logits(torch.arange(37)).isfinite().all().item()
 result["untouched"] = all(torch.equal(value, before[name]) for name, value in engine.fp8_tensors().items())
@@ -109,7 +110,7 @@ def test_a_resume_is_bit_for_bit(trained):
     assert again["rows"] == whole["rows"][STEPS // 2:] and again["hash"] == whole["hash"]
 
 
-def test_only_delayed_scaling_has_a_memory_and_evaluating_leaves_it_alone(trained):
+def test_only_delayed_scaling_has_a_memory_and_evaluating_or_refusing_leaves_it_alone(trained):
     name, _, found = trained
     assert found["untouched"] and found["logits"]
     # four layers of four linears; scales and histories, forward and backward

@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from inputs import relative_error
 from torch import Tensor
 
-from hola_kernels import KernelError, cross_entropy_, cross_entropy_gradient_, softmax_statistics
-from hola_kernels.cross_entropy import torch_rows
+from hola_kernels import KernelError
+from hola_kernels.cross_entropy import cross_entropy_, cross_entropy_gradient_, softmax_statistics, torch_rows
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 

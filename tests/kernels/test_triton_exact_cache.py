@@ -87,6 +87,32 @@ else:
                  *zip(*(conv_tests.gradients(o, inputs) for o in outputs), strict=True)]
         assert max(relative_error(a, b) for a, b in pairs if b.numel()) < 1e-6
 
+    def test_gradients_left_in_a_room_of_a_wider_tensor():
+        """The convolution's and the norm's gradients, written beside each other, are those made on their own."""
+        tokens, heads, width = 11, 2, 16
+        wide = torch.randn(1, tokens, 3 * heads * width, generator=torch.Generator().manual_seed(5))
+        x, gate, _ = wide.split(heads * width, -1)
+        weight, scale = torch.randn(heads * width, 4), torch.randn(width)
+        room = torch.full_like(wide, float("nan"))
+        dx_room, dgate_room, untouched = room.split(heads * width, -1)
+
+        def by_head(tensor):
+            return tensor.unflatten(-1, (heads, width))
+
+        def gradients(**rooms):
+            leaves = [part.detach().requires_grad_() for part in (x, gate)]
+            y = short_conv(x=leaves[0], weight=weight, dx_room=rooms.get("dx"), backend="triton")
+            o = gated_rms_norm(x=by_head(y), gate=by_head(leaves[1]), weight=scale, dgate_room=rooms.get("dgate"),
+                               backend="triton")
+            return torch.autograd.grad(o.square().sum(), leaves)
+
+        expected = gradients()
+        found = gradients(dx=lambda: dx_room, dgate=lambda: by_head(dgate_room))
+        for have, want, place in zip(found, expected, (dx_room, dgate_room), strict=True):
+            assert torch.equal(have, want)
+            assert have.data_ptr() == place.data_ptr()
+        assert untouched.isnan().all()
+
     def test_gated_norm():
         inputs = norm_tests.make(3, 7, 12, dtype=torch.float32)
         found, expected = (gated_rms_norm(**inputs, backend=name) for name in ("triton", "torch"))

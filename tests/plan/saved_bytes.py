@@ -2,8 +2,8 @@
 
     TRITON_INTERPRET=1 python tests/plan/saved_bytes.py '["model.pattern=H", ...]' ...      one layer for each list
 
-Prints a JSON list of {"measured", "planned"} in bytes. Two things are made as they are on a GPU: the fused SwiGLU, and
-an RMS norm that keeps its input and one number a row (torch's own on the CPU keeps a normed copy as well).
+Prints a JSON list of {"measured", "planned"} in bytes. Two things are made as they are on a GPU: the experts' fused
+SwiGLU, and an RMS norm that keeps its input and one number a row (torch's own on the CPU keeps a normed copy too).
 """
 
 from __future__ import annotations

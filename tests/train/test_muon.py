@@ -166,3 +166,19 @@ def test_moments_of_another_optimizer_are_refused(tmp_path):
     load(engine(), newest_usable(tmp_path)[0])
     with pytest.raises(CheckpointError, match="has no exp_avg_sq of .* saved by another optimizer than adamw"):
         load(engine("adamw"), newest_usable(tmp_path)[0])
+
+
+def test_muon_does_not_take_adamws_moments_but_the_zeros_of_imported_weights(tmp_path):
+    from hola_megatron.checkpoint.folder import newest_usable
+    from hola_megatron.checkpoint.save_load import Saver, TrainerState, load
+
+    plain = engine("adamw")
+    saver = Saver(plain)
+    saver.begin(TrainerState(1, 8), tmp_path / "fresh", {})
+    saver.writer.wait(60)
+    load(engine(), newest_usable(tmp_path / "fresh")[0])
+    step(plain)
+    saver.begin(TrainerState(2, 16), tmp_path / "used", {})
+    saver.writer.wait(60)
+    with pytest.raises(CheckpointError, match="has an exp_avg_sq of .* saved by another optimizer than muon"):
+        load(engine(), newest_usable(tmp_path / "used")[0])

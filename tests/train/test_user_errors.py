@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -10,7 +12,10 @@ import pytest
 import torch
 from helpers import run_main, run_program, write_recipe
 
-from hola_megatron.config import load_recipe
+from hola_megatron.checkpoint.folder import Checkpoint, newest_usable
+from hola_megatron.config import MoeConfig, Recipe, load_recipe
+from hola_megatron.errors import RecipeError
+from hola_megatron.run_folder import _refuse_changes
 from hola_megatron.trainer import train
 
 
@@ -128,3 +133,34 @@ def test_diverging_stops_with_code_4_and_names_the_samples(copy, attempt):
     assert "skipped | step" in said and "2 steps in a row had bad numbers" in said
     (incident,) = (copy / "bad/incidents").iterdir()
     assert json.loads((incident / "incident.json").read_text())[1]["last_sample"] > 0
+
+
+def test_a_checkpoint_older_than_a_field_goes_on_unless_the_field_is_set(copy, attempt, text_data):
+    """A field's default is what the code did before there was the field; rounding may change, what is computed not."""
+    recipe = load_recipe(copy / "recipe.yaml")
+    checkpoint, _ = newest_usable(copy / "run/checkpoints")
+    old = checkpoint.manifest["recipe"]
+    for section, key in ((None, "fp8"), ("model", "moe"), ("parallel", "expert"), ("train", "logits_budget_gb"),
+                         ("train", "optimizer"), ("train", "muon_momentum"), ("train", "muon_steps")):
+        del (old[section] if section else old)[key]
+    fingerprint = checkpoint.manifest["data_fingerprint"]
+    _refuse_changes(recipe, checkpoint, fingerprint)
+    _refuse_changes(changed(recipe, "train", logits_budget_gb=None), checkpoint, fingerprint)
+    for section, key, value in (("fp8", "recipe", "current"), ("fp8", "amax_history", 8),
+                                ("train", "optimizer", "muon"), ("model", "norm_eps", 1e-5)):
+        with pytest.raises(RecipeError, match=f"{section}.{key}: was .* now {value!r}"):
+            _refuse_changes(changed(recipe, section, **{key: value}), checkpoint, fingerprint)
+
+
+def test_the_micro_batch_is_free_but_for_experts_that_a_loss_balances(copy):
+    recipe = load_recipe(copy / "recipe.yaml")
+    balanced_by_bias = MoeConfig(experts=4, balancing="bias")
+    for moe, free in ((MoeConfig(), True), (balanced_by_bias, True), (MoeConfig(experts=4), False)):
+        made = changed(recipe, "model", moe=moe)
+        checkpoint = Checkpoint(copy, {"recipe": made.to_dict()})
+        with contextlib.nullcontext() if free else pytest.raises(RecipeError, match="train.micro_batch_size: was 2"):
+            _refuse_changes(changed(made, "train", micro_batch_size=4), checkpoint, "")
+
+
+def changed(recipe: Recipe, section: str, **values: object) -> Recipe:
+    return dataclasses.replace(recipe, **{section: dataclasses.replace(getattr(recipe, section), **values)})

@@ -4,6 +4,8 @@ Three operations over rows of logits [M, V], labels [M]; V may be one rank's par
     softmax_statistics        what ranks tell each other: largest logit, sum of exponentials, the label's logit
     cross_entropy_gradient_   logits <- weight * (softmax - one at the label), given the log of the sum over all ranks
     cross_entropy_            both at once where one rank holds the whole vocabulary; also returns the losses
+
+For training only, so the package does not name them at its top: what it names travels with exported models.
 """
 
 from __future__ import annotations

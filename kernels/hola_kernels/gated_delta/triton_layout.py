@@ -13,6 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from hola_kernels.transfer import sent
+
 CHUNK = 64
 
 
@@ -82,7 +84,7 @@ def cut_spans(cuts: list[int], device: torch.device, span_chunks: int) -> Layout
     spans_of = torch.diff(first_span, append=torch.tensor([span_first.numel()]))
 
     def table(*columns: Tensor) -> Tensor:
-        return torch.stack(columns, 1).to(torch.int32).to(device, non_blocking=True)
+        return sent(torch.stack(columns, 1).to(torch.int32), device)
 
     counts = spans_of.tolist() or [0]
     return Layout(table(chunk_first, chunk_last - chunk_first), table(span_first, span_last, span_chunk),

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -19,7 +22,7 @@ def gated_rms_norm_fused(x_MV: Tensor, gate_MV: Tensor, weight_V: Tensor, eps: f
     return (normed * F.silu(gate_MV.to(wide))).to(x_MV.dtype)
 
 
-def _gated_rms_norm_triton(*arguments: Tensor | float) -> Tensor:
+def _gated_rms_norm_triton(*arguments: Any) -> Tensor:
     from hola_kernels.gated_norm.triton_rows import gated_rms_norm_triton  # on first use: triton may be missing
 
     return gated_rms_norm_triton(*arguments)
@@ -29,10 +32,12 @@ IMPLEMENTATIONS = {"reference": gated_rms_norm_reference, "torch": gated_rms_nor
                    "triton": _gated_rms_norm_triton}
 
 
-def gated_rms_norm(*, x: Tensor, gate: Tensor, weight: Tensor, eps: float = 1e-5, backend: str = "auto") -> Tensor:
+def gated_rms_norm(*, x: Tensor, gate: Tensor, weight: Tensor, eps: float = 1e-5,
+                   dgate_room: Callable[[], Tensor] | None = None, backend: str = "auto") -> Tensor:
     """RMSNorm(x) * weight * SiLU(gate) over the last axis; statistics in float32.
 
-    x, gate [..., V], weight [V]. Returns y [..., V] in x's dtype. Raises KernelError.
+    x, gate [..., V], weight [V]. dgate_room: gives, when the backward pass asks, memory like gate where the Triton
+    backend may leave gate's gradient. Returns y [..., V] in x's dtype. Raises KernelError.
     """
     if x.shape != gate.shape:
         raise KernelError(f"x {tuple(x.shape)} and gate {tuple(gate.shape)} must have the same shape")
@@ -41,7 +46,10 @@ def gated_rms_norm(*, x: Tensor, gate: Tensor, weight: Tensor, eps: float = 1e-5
     refusal = f"gated norm takes at most 4096 columns, not {x.shape[-1]}" if x.shape[-1] > 4096 else None
     if x.dtype == torch.float64:
         refusal = "gated norm does not take float64"
-    run = IMPLEMENTATIONS[choose_backend(backend, x.device, refusal)]
+    name = choose_backend(backend, x.device, refusal)
+    if name == "triton":
+        return IMPLEMENTATIONS[name](x, gate, weight, eps, dgate_room)
+    run = IMPLEMENTATIONS[name]
     return run(x.reshape(-1, x.shape[-1]), gate.reshape(-1, x.shape[-1]), weight, eps).view(x.shape)
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -16,22 +18,25 @@ from hola_kernels.short_conv.reference import short_conv_reference
 from hola_kernels.short_conv.torch_shifts import short_conv_shifts
 
 
-def _short_conv_triton(*arguments: Tensor, dense: bool) -> tuple[Tensor, Tensor]:
+def _short_conv_triton(*arguments: Tensor, **options: Any) -> tuple[Tensor, Tensor | None]:
     from hola_kernels.short_conv.triton_strips import short_conv_triton  # on first use: triton may be missing
 
-    return short_conv_triton(*arguments, dense=dense)
+    return short_conv_triton(*arguments, **options)
 
 
 IMPLEMENTATIONS = {"reference": short_conv_reference, "torch": short_conv_shifts, "triton": _short_conv_triton}
 
 
 def short_conv(*, x: Tensor, weight: Tensor, cu_seqlens: Tensor | None = None, tail: Tensor | None = None,
-               return_tail: bool = False, backend: str = "auto") -> Tensor | tuple[Tensor, Tensor]:
+               return_tail: bool = False, dx_room: Callable[[], Tensor] | None = None,
+               backend: str = "auto") -> Tensor | tuple[Tensor, Tensor]:
     """SiLU of the depthwise causal convolution of x over time.
 
     x [B, T, D]; weight [D, W], whose last column multiplies the current token. With cu_seqlens
     [N + 1], B is 1 and the tokens are N documents that do not see each other. tail [N, W - 1, D]
     (N = B without cu_seqlens): the last inputs before this call, oldest first, zeros when None.
+
+    dx_room: gives, when the backward pass asks, memory like x where the Triton backend may leave x's gradient.
 
     Returns y like x, and with return_tail the tail after the last token. Both are differentiable
     in x, weight and tail. Raises KernelError.
@@ -42,7 +47,7 @@ def short_conv(*, x: Tensor, weight: Tensor, cu_seqlens: Tensor | None = None, t
     name = choose_backend(backend, x.device, _refusal(x, weight))
     run = IMPLEMENTATIONS[name]
     if name == "triton":
-        run = functools.partial(run, dense=cu_seqlens is None)
+        run = functools.partial(run, dense=cu_seqlens is None, return_tail=return_tail, dx_room=dx_room)
     y, after = run(x.flatten(0, 1), weight, cuts, tail)
     y = y.view_as(x)
     return (y, after) if return_tail else y
