@@ -11,6 +11,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -58,15 +59,18 @@ def run_program(arguments: list[str], log: Path, *, ranks: int = 0, timeout: flo
     return Finished(code, log.read_text(errors="replace"))
 
 
-def run_ranks(arguments: list[str], log: Path, *, ranks: int, timeout: float = 300) -> Finished:
+def run_ranks(arguments: list[str], log: Path, *, ranks: int, timeout: float = 300,
+              before: Callable[[], None] | None = None) -> Finished:
     """`python -m hola_megatron.train arguments...` on so many ranks, each in a process of its own.
 
     What torchrun would do, but the ranks are forked from a server that has imported everything: one start of the
     real program costs eight seconds of imports a rank. Its launcher is tested in tests/train and tests/slurm.
+    before: called in every rank first.
     """
     context, port = rank_server()
     log.write_text("")
-    processes = [context.Process(target=_rank, args=(arguments, log, rank, ranks, port)) for rank in range(ranks)]
+    processes = [context.Process(target=_rank, args=(arguments, log, rank, ranks, port, before))
+                 for rank in range(ranks)]
     for process in processes:
         process.start()
     deadline = time.monotonic() + timeout
@@ -94,7 +98,7 @@ def rank_server(preload: str = "preloaded") -> tuple[Any, int]:
         return context, free.getsockname()[1]
 
 
-def _rank(arguments: list[str], log: Path, rank: int, ranks: int, port: int) -> None:
+def _rank(arguments: list[str], log: Path, rank: int, ranks: int, port: int, before: Callable[[], None] | None) -> None:
     assert "preloaded" in sys.modules, "the fork server failed to import tests/preloaded.py, silently as is its way"
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(ranks), LOCAL_WORLD_SIZE=str(ranks),
                       MASTER_ADDR="localhost", MASTER_PORT=str(port), TORCHDYNAMO_DISABLE="1")
@@ -103,6 +107,8 @@ def _rank(arguments: list[str], log: Path, rank: int, ranks: int, port: int) -> 
         os.dup2(output.fileno(), 2)
     from hola_megatron.train import main
 
+    if before:
+        before()
     run_cli(lambda: main(arguments))
 
 

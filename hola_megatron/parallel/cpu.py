@@ -23,7 +23,7 @@ def adapt_to_cpu() -> list[str]:
     if torch.cuda.is_available():
         return []
     adaptations = (generators, current_device, synchronize, tensor_cuda, factories, streams, tensor_type,
-                   fused_optimizer, expert_splits)
+                   fused_optimizer, expert_splits, expert_router)
     for adapt in adaptations:
         adapt()
     return [adapt.__name__ for adapt in adaptations]
@@ -110,6 +110,13 @@ def fused_optimizer() -> None:
         module.multi_tensor_scale_impl = utils.local_multi_tensor_scale
     clip_grads.l2_norm_impl = utils.local_multi_tensor_l2_norm
     clip_grads.multi_tensor_scale_tensor_impl = None
+
+
+def expert_router() -> None:
+    """The router takes Transformer Engine's matrix product wherever that package can be imported."""
+    import megatron.core.transformer.moe.moe_utils as moe_utils
+
+    moe_utils.te_general_gemm = None
 
 
 def expert_splits() -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import ROOT, checkpoint_tensors, metric_rows, run_program, run_tool, write_recipe
+from helpers import ROOT, checkpoint_tensors, metric_rows, run_main, run_tool, write_recipe
 from safetensors.torch import load_file, save_file
 from tiny import export, recipe, tokens
 
@@ -134,7 +134,7 @@ def test_everything_a_user_needs_travels_along(run, tmp_path):
             assert str(run) not in path.read_text(), path  # no path of this machine travels
 
 
-def test_training_goes_on_from_an_import(tmp_path, text_data):
+def test_training_goes_on_from_an_import(tmp_path, text_data, capsys):
     """A real run, exported and imported, trains on: as a new run and as the run it was."""
     made = write_recipe(tmp_path / "r.yaml", text_data / "train", run_dir=str(tmp_path / "run"), train__steps=3,
                         checkpoint__every=2, checkpoint__keep=3)
@@ -144,7 +144,7 @@ def test_training_goes_on_from_an_import(tmp_path, text_data):
     to_hf(step_2, tmp_path / "out")
 
     from_hf(tmp_path / "out", tmp_path / "on")
-    done = run_program(["-m", "hola_megatron.train", str(tmp_path / "on" / "recipe.yaml")], tmp_path / "log.txt")
+    done = run_main([str(tmp_path / "on" / "recipe.yaml")], capsys)
     assert done.code == 0 and "resuming at step 2" in done.output, done.output[-3000:]
     rows = metric_rows(tmp_path / "on")
     # step 3 sees the weights and the samples it saw in the whole run; its loss is taken before the update

@@ -90,11 +90,16 @@ def install(fault: Fault, patch: Callable[[Any, str, Any], None] = setattr) -> N
     patch(megatron, "_masked_sum", fault.masked_sum)
 
 
-if __name__ == "__main__":
-    kind, step, *rank = sys.argv.pop(1).split("@")
+def install_named(text: str) -> None:
+    """FAULT as above."""
+    kind, step, *rank = text.split("@")
     first = int(step.rstrip("+"))
     install(Fault(kind, (lambda n: n >= first) if step.endswith("+") else (lambda n: n == first),
                   int(rank[0]) if rank else None))
+
+
+if __name__ == "__main__":
+    install_named(sys.argv.pop(1))
     from hola_megatron.train import main
 
     run_cli(main)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
-from helpers import run_program, write_recipe
+from helpers import run_program, run_ranks, write_recipe
+from train.faults import install_named
 
 from hola_megatron.monitor.watchdog import blame
 
@@ -61,14 +63,14 @@ def test_who_is_blamed(seen, wanted):
 def test_a_slow_rank_is_named(text_data, tmp_path):
     recipe = write_recipe(tmp_path / "recipe.yaml", text_data / "train", run_dir=str(tmp_path / "run"), train__steps=7,
                           log__every=7, log__straggler_ratio=2.0)
-    done = run_program(["tests/train/faults.py", "slow@1+@1", str(recipe)], tmp_path / "log.txt", ranks=2)
+    done = run_ranks([str(recipe)], tmp_path / "log.txt", ranks=2, before=partial(install_named, "slow@1+@1"))
     assert done.code == 0 and "slow | rank 1 on " in done.output and "slow | rank 0" not in done.output
 
 
 def test_bad_numbers_on_one_rank_are_refused_by_all(text_data, tmp_path):
     recipe = write_recipe(tmp_path / "recipe.yaml", text_data / "train", run_dir=str(tmp_path / "run"), train__steps=4,
                           parallel__distributed_optimizer=True)
-    done = run_program(["tests/train/faults.py", "nan_gradient@3@1", str(recipe)], tmp_path / "log.txt", ranks=2)
+    done = run_ranks([str(recipe)], tmp_path / "log.txt", ranks=2, before=partial(install_named, "nan_gradient@3@1"))
     assert done.code == 0, done.output[-3000:]
     assert done.output.count("skipped | step 3 | grad_norm nan is not finite | samples 16 to 23") == 1
     assert "gradient of model.layers.1.mlp.gate_proj.weight" in done.output

@@ -162,5 +162,5 @@ def test_the_micro_batch_is_free_but_for_experts_that_a_loss_balances(copy):
             _refuse_changes(changed(made, "train", micro_batch_size=4), checkpoint, "")
 
 
-def changed(recipe: Recipe, section: str, **values: object) -> Recipe:
+def changed(recipe: Recipe, section: str, /, **values: object) -> Recipe:
     return dataclasses.replace(recipe, **{section: dataclasses.replace(getattr(recipe, section), **values)})
