@@ -96,7 +96,8 @@ def launch(argv: list[str]) -> int:
     for name in ("torch.distributed.elastic", "torch.distributed.run"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
     args = parse_args(argv)
-    if args.master_port is None and args.rdzv_backend == "static":
+    unchanged = args.master_port == parse_args(["script"]).master_port  # None or 29500, as torch's version has it
+    if unchanged and args.rdzv_backend == "static" and args.nnodes in ("1", "1:1"):
         # one machine and no address given: any free port, so that two runs do not collide
         args.rdzv_backend, args.rdzv_endpoint, args.rdzv_id = "c10d", "localhost:0", str(uuid.uuid4())
     config, command, arguments = config_from_args(args)

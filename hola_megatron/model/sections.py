@@ -19,11 +19,13 @@ class _Whole:
     """The gradient of the projection, made when its first section is asked for."""
 
     def __init__(self, like: Tensor, widths: list[int]):
-        self.like, self.widths, self.gradient = like.detach(), widths, None
+        # without memory: the projection itself is kept only where an operation saves a part of it
+        self.like, self.device = torch.empty_like(like, device="meta"), like.device
+        self.widths, self.gradient = widths, None
 
     def sections(self) -> tuple[Tensor, ...]:
         if self.gradient is None:
-            self.gradient = torch.empty_like(self.like)
+            self.gradient = torch.empty_like(self.like, device=self.device)
         return self.gradient.split(self.widths, -1)
 
     def take(self) -> Tensor:

@@ -2,9 +2,8 @@
 
 Every term is a tensor that some autograd function of the layer saves: Megatron's layer and linears (Transformer
 Engine's save the same), hola_kernels' Triton functions, in experts Megatron's fused SwiGLU. Views share their
-storage, copies do not: the fused projection is kept whole by the convolutions that read parts of it, and the
-output gate, a part of every row, is copied to be read as rows of one head. `tests/plan` counts the storages of
-a real layer.
+storage, copies do not: the fused projection is kept whole by the convolutions and the output norm, which read parts
+of it. `tests/plan` counts the storages of a real layer.
 Not modelled: the kernels' torch backend, which keeps more (`Share.kernels_problem`).
 
 Letters: M tokens of a micro-batch on this rank, D width, H heads of this rank, K and V a head's key and value width.
@@ -171,7 +170,7 @@ def _delta(share: Share, exact_cache: bool) -> list[Term]:
              share.chunks * heads * (SCALES * CHUNK * FLOAT32 + 2 * CHUNK * CHUNK * e)),
         Term("kernels", "mixer output before its norm", tokens * value * e),
     ]
-    if heads > 1 or share.interleaved or share.recipe.parallel.context > 1:
+    if share.interleaved:
         terms.append(Term("kernels", "output gate as rows of a head", tokens * value * e))
     if share.spans:
         maps = share.spans * heads * model.key_dim * (2 * model.value_dim + model.key_dim) * FLOAT32

@@ -53,7 +53,8 @@ def test_two_backward_passes_do_not_share_memory():
 def test_what_lies_in_its_room_is_not_copied(monkeypatch):
     copies = []
     copy = Tensor.copy_
-    monkeypatch.setattr(Tensor, "copy_", lambda self, other, *rest: copies.append(self.shape) or copy(self, other, *rest))
+    monkeypatch.setattr(
+        Tensor, "copy_", lambda self, other, *rest: copies.append(self.shape) or copy(self, other, *rest))
     x = projected()
     (a, b, c), rooms = split_sections(x, WIDTHS)
     outputs = [Doubled.apply(part, room) for part, room in zip((a, b, c), rooms, strict=True)]

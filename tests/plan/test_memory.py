@@ -14,8 +14,9 @@ RECIPES = Path(__file__).parent.parent.parent / "recipes"
 
 # one H200, bf16, Transformer Engine 2.20.2, torch 2.11.0, triton 3.6.0, commit 29bd998: peak of
 # torch.cuda.max_memory_allocated of tools/profile.py in 10^9 bytes. The figures of docs/plan.md.
-# Then all logits were made at once.
+# Then all logits were made at once, and the output gate of every layer was copied: 1024 bf16 numbers a token.
 AT_ONCE = "train.logits_budget_gb=null"
+GATES = 24 * 2048 * 1024 * 2
 MEASURED = [("hola_340m", ["train.micro_batch_size=32", "train.global_batch_size=64", AT_ONCE], 92.4),
             ("hola_340m", ["train.micro_batch_size=16", "train.global_batch_size=16", AT_ONCE], 49.6)]
 
@@ -26,7 +27,8 @@ def memory(name: str, *overrides: str, world: int = 1):
 
 @pytest.mark.parametrize(("name", "overrides", "gb"), MEASURED)
 def test_estimates_meet_measured_peaks(name, overrides, gb):
-    assert memory(name, *overrides).allocated / GB == pytest.approx(gb, rel=0.02)
+    gates = GATES * load_recipe(RECIPES / f"{name}.yaml", overrides).train.micro_batch_size
+    assert (memory(name, *overrides).allocated + gates) / GB == pytest.approx(gb, rel=0.02)
 
 
 def test_memory_grows_with_the_micro_batch_and_shrinks_with_every_cut():
