@@ -3,7 +3,8 @@
 Both hold one tile of the state, transposed, in registers: S^T [BV, K] fp32. Every product of a step
 then has a register tile on the left and a tile loaded from memory on the right (S^T k^T, x^T P^T,
 x^T k, ...), so nothing computed goes through shared memory, and steps of different value
-columns never meet: a program owns BV value columns of one head of one span.
+columns never meet: a program owns BV value columns of one head of one span. Tiles come by
+descriptors, whole: rows behind a segment's end are another's, and their scales, zero, take their effect.
 
 A step forward, all [BV, 64] transposed:           A step back:
     rho = v - key_in (S k)                             dx = key_out (dS k) + P^T do
