@@ -7,7 +7,8 @@
 Every rank started holds one part of the sequence (parallel.context = ranks); one row of one document a step, random
 tokens. A length may carry the recompute mode behind a colon. --base names what --json wrote of another run: its
 tokens a second of one GPU are what rates are compared with. Whole optimizer steps are timed after warm-up; then one
-more step is traced, for the table of overlaps. A length that does not fit in memory is said so, and the next one runs.
+more step is traced, for the table of overlaps (monitor/overlap.py says what "hidden" and "transfer" are). A length
+that does not fit in memory is said so, and the next one runs.
 """
 
 from __future__ import annotations

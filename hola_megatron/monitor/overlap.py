@@ -4,6 +4,11 @@ A message's kernel runs from when it is launched on its rank until the last byte
 waiting for the slowest rank. "Hidden" is the share of it in which at least one kernel or copy of this rank's own
 work ran on the same GPU; the rest is what the step pays for it.
 
+What of that is the message itself: the rank that arrives last waits for nobody, so the shortest of all ranks' kernels
+of one message is its transfer, and on every rank the transfer is the end of the kernel, since all end together. Its
+hidden share is that of those last microseconds. Ranks' clocks need not agree for it. The kernels of a shift wait for
+neighbours only and do not end together: its transfer takes at least so long.
+
 Kernels are told apart by what torch's profiler notes of a collective (its name, elements and dtype), matched with
 the messages that `parallel.collectives.counted` saw; messages of others (gradients, parameters) keep NCCL's name.
 """
@@ -14,7 +19,6 @@ from bisect import bisect_left, bisect_right
 from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
-from itertools import accumulate
 from typing import Any
 
 from hola_megatron.parallel.collectives import Sent
@@ -26,13 +30,38 @@ BYTES = {"Byte": 1, "Char": 1, "Bool": 1, "Half": 2, "BFloat16": 2, "Int": 4, "F
 
 
 @dataclass(frozen=True)
+class Message:
+    """One message on one rank: its kernel's microseconds, and the times in it when nothing else ran.
+
+    bare   (from, to) in microseconds before the kernel's end
+    """
+
+    length: float
+    bare: tuple[tuple[float, float], ...]
+
+    def hidden(self, last: float) -> float:
+        """How much of its last microseconds ran beside other work."""
+        return last - sum(max(min(begin, last) - end, 0.0) for begin, end in self.bare)
+
+
+@dataclass(frozen=True)
 class Overlap:
-    """All messages of one sort in a trace. Times in microseconds; hidden: beside other work on the same GPU."""
+    """All messages of one sort in a trace, in their order. Times in microseconds; hidden: beside other work."""
 
     what: str
-    count: int
-    total: float
-    hidden: float
+    messages: tuple[Message, ...]
+
+    @property
+    def count(self) -> int:
+        return len(self.messages)
+
+    @property
+    def total(self) -> float:
+        return sum(message.length for message in self.messages)
+
+    @property
+    def hidden(self) -> float:
+        return sum(message.hidden(message.length) for message in self.messages)
 
     @property
     def share(self) -> float:
@@ -41,16 +70,29 @@ class Overlap:
 
 def overlaps(events: Iterable[dict[str, Any]], sent: list[Sent]) -> list[Overlap]:
     """One row for each sort of message in the trace of one rank, the longest in sum first."""
-    on_device = [e for e in events if e.get("cat") in DEVICE and e.get("ph") == "X"]
+    on_device = sorted((e for e in events if e.get("cat") in DEVICE and e.get("ph") == "X"), key=lambda e: e["ts"])
     work = _Union([(e["ts"], e["ts"] + e["dur"]) for e in on_device if not _is_message(e)])
     names, found = _names(sent), defaultdict(list)
     for event in on_device:
         if _is_message(event):
             begin, end = event["ts"], event["ts"] + event["dur"]
-            found[_what(event, names)].append((end - begin, work.within(begin, end)))
-    rows = [Overlap(what, len(times), sum(t for t, _ in times), sum(h for _, h in times))
-            for what, times in found.items()]
+            bare = tuple((end - a, end - b) for a, b in work.gaps(begin, end))
+            found[_what(event, names)].append(Message(end - begin, bare))
+    rows = [Overlap(what, tuple(messages)) for what, messages in found.items()]
     return sorted(rows, key=lambda row: -row.total)
+
+
+def transfer(ranks: list[Overlap]) -> tuple[float, float] | None:
+    """(mean microseconds, hidden share) of the transfers of one sort of message, from the rows of all ranks.
+
+    None where the ranks did not see equally many: they cannot be told which belong together.
+    """
+    if len({row.count for row in ranks}) > 1:
+        return None
+    shortest = [min(message.length for message in together)
+                for together in zip(*(row.messages for row in ranks), strict=True)]
+    hidden = sum(message.hidden(last) for row in ranks for message, last in zip(row.messages, shortest, strict=True))
+    return sum(shortest) / len(shortest), hidden / (sum(shortest) * len(ranks)) if sum(shortest) else 1.0
 
 
 def table(ranks: list[list[Overlap]]) -> str:
@@ -59,18 +101,20 @@ def table(ranks: list[list[Overlap]]) -> str:
     for rank in ranks:
         for row in rank:
             rows[row.what].append(row)
-    lines = ["| message | a rank and step | mean us | hidden | at the worst rank | not hidden, ms a step |",
-             "|---|---|---|---|---|---|"]
+    lines = ["| message | a rank and step | mean us | hidden | at the worst rank | not hidden, ms a step | "
+             "transfer us | of it hidden |", "|---|---|---|---|---|---|---|---|"]
     for what, found in sorted(rows.items(), key=lambda item: -sum(row.total for row in item[1])):
         total, hidden, count = (sum(getattr(row, name) for row in found) for name in ("total", "hidden", "count"))
         worst = min(row.share for row in found)
+        alone = transfer(found) if len(found) == len(ranks) else None
+        shown = "- | -" if alone is None else f"{alone[0]:.0f} | {100 * alone[1]:.0f} %"
         lines.append(f"| {what} | {count / len(found):.0f} | {total / count:.0f} | {100 * hidden / total:.0f} % | "
-                     f"{100 * worst:.0f} % | {(total - hidden) / len(found) / 1e3:.2f} |")
+                     f"{100 * worst:.0f} % | {(total - hidden) / len(found) / 1e3:.2f} | {shown} |")
     return "\n".join(lines)
 
 
 class _Union:
-    """The union of intervals, for asking how much of another one it covers."""
+    """The union of intervals, for asking what of another one it leaves out."""
 
     def __init__(self, intervals: list[tuple[float, float]]):
         self.begins: list[float] = []
@@ -81,15 +125,15 @@ class _Union:
             else:
                 self.begins.append(begin)
                 self.ends.append(end)
-        self.before = [0.0, *accumulate(e - b for b, e in zip(self.begins, self.ends, strict=True))]
 
-    def within(self, begin: float, end: float) -> float:
-        """Length of the union inside [begin, end]."""
-        first, last = bisect_right(self.ends, begin), bisect_left(self.begins, end)
-        if first >= last:
-            return 0.0
-        outside = max(begin - self.begins[first], 0.0) + max(self.ends[last - 1] - end, 0.0)
-        return self.before[last] - self.before[first] - outside
+    def gaps(self, begin: float, end: float) -> list[tuple[float, float]]:
+        """What of [begin, end] the union leaves out."""
+        found, at = [], begin
+        for place in range(bisect_right(self.ends, begin), bisect_left(self.begins, end)):
+            if self.begins[place] > at:
+                found.append((at, self.begins[place]))
+            at = self.ends[place]
+        return [*found, (at, end)] if at < end else found
 
 
 def _is_message(event: dict[str, Any]) -> bool:

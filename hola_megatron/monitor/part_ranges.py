@@ -49,7 +49,6 @@ TRITON_FUNCTIONS = (
     ("hola_kernels.triton_attention", "rule_backward", "state"),
     ("hola_kernels.triton_attention", "_rank", "selection"),
     ("hola_kernels.triton_attention", "select_slots", "selection"),
-    ("hola_kernels.triton_attention", "launch_inverse_norms", "read"),
     ("hola_kernels.triton_attention", "launch_read_forward", "read"),
     ("hola_kernels.triton_attention", "exact_read_backward", "read"),
     ("hola_kernels.exact_cache.triton_read", "select_slots", "selection"),
@@ -57,7 +56,8 @@ TRITON_FUNCTIONS = (
         ("state", ("begin", "finish", "leaving_map", "asked", "walk_back", "gradients_of_chunks", "fold_left",
                    "fold_right", "maps_between")),
         ("selection", ("_rank", "best_rows", "select_slots", "merge", "send_shard")),
-        ("read", ("launch_inverse_norms", "launch_read_forward", "exact_read_backward", "_add_returned")),
+        ("read", ("launch_inverse_norms", "launch_read_own", "launch_read_rest", "exact_read_backward",
+                  "_add_returned")),
     ) for name in names),
 )
 

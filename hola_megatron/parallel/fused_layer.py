@@ -1,10 +1,10 @@
 """The HOLA layer over ranks as one autograd function on Triton kernels, arranged so that messages travel under work.
 
-    forward     chunk factors, span maps     -> all-gather of maps, under the copy of k into the stream (and, in the
-                                                mixer, that of the output gate)
-                state pass, scores           -> open block from the left, under the copy of v
-                candidates                   -> all-gather, under the norms of the keys
-                selection, read
+    forward     chunk factors, span maps     -> all-gather of maps, under the read of own blocks (in the mixer also the
+                                                copy of the output gate)
+                state pass, scores           -> open block from the left, under the read of own blocks
+                candidates                   -> all-gather, under the read of own blocks
+                selection, rest of the read
     backward    d of the states that entered -> all-gather, under the read's backward
                 read's backward              -> reduce-scatter of cached tokens' gradients, under the state's walks
                 state's walks                -> the open block's gradients to the left, under the chunks' gradients
@@ -13,6 +13,10 @@
 What `context.hola_attention_over_ranks` composes of single operations, with the same messages in the same order.
 Here the chunks' factors and the spans' maps are made once, the gradients of the two paths meet without autograd's
 sums, and nothing asks the device.
+
+What a block's tokens read of the block itself needs no state and no slots, so the forward read is split
+(`triton_split_read`), and its first pass cut into runs of blocks, one for each message. Of the block that began on the
+left neighbour it sees the tokens that are here; the others join with the slots.
 
 Shapes: N rows (1 for packed documents), T tokens of a row on this rank, M = N T, S rows of the stream (`Stream`) and
 L with the cached ones behind, H heads, K key and V value width, w slots, R ranks.
@@ -31,9 +35,15 @@ from torch import Tensor
 
 from hola_kernels.exact_cache.read_configs import read_config
 from hola_kernels.exact_cache.triton_best import best_rows
-from hola_kernels.exact_cache.triton_forward import launch_inverse_norms, launch_read_forward
+from hola_kernels.exact_cache.triton_forward import launch_inverse_norms
 from hola_kernels.exact_cache.triton_read import exact_read_backward, norm_mean
 from hola_kernels.exact_cache.triton_select import select_slots
+from hola_kernels.exact_cache.triton_split_read import (
+    SplitRead,
+    begin_split_read,
+    launch_read_own,
+    launch_read_rest,
+)
 from hola_kernels.gated_delta.triton_pieces import Begun, asked, begin, finish, leaving_map
 from hola_kernels.gated_delta.triton_rule import gradients_of_chunks, walk_back
 from hola_kernels.segments import dense_cu_seqlens
@@ -43,6 +53,11 @@ from hola_megatron.parallel.part import Part
 from hola_megatron.parallel.shared_cache import Shard, check_part, merge, pack, send_shard, unpack, unpack_shards
 from hola_megatron.parallel.state_fold import fold_left, fold_right, maps_between
 from hola_megatron.parallel.stream import Stream
+
+# Of the blocks' own reads, under the maps, the open block and the candidates. Counted for 65,536 tokens, 4 heads,
+# K = V = 256 on an H200, where all of them take about 0.4 ms: 0.13 ms (and before it 0.03 for the norms of the keys and
+# 0.13 for copies), 0.07 and 0.2; the messages themselves take about 0.05 each.
+SHARES = (2, 1, 3)
 
 
 @dataclass(frozen=True)
@@ -100,22 +115,25 @@ class HolaLayer(torch.autograd.Function):
                 group: dist.ProcessGroup, choices: Choices) -> Tensor:
         stream, shape = Stream(part, q.shape[0], choices.block, choices.slots), v.shape
         q, k, v, log_decay, beta = (x.flatten(0, 1).contiguous() for x in (q, k, v, log_decay, beta))
-        k_LHK = stream.lay(k, behind=True)  # while the maps travel
+        mean, blocks = norm_mean(choices.read_norm, q.shape[2]), stream.blocks(q.device)
+        k_LHK, v_LHV = (stream.lay(x, behind=True) for x in (k, v))  # from here on while the maps travel
+        read = begin_split_read(
+            q_MHK=stream.lay(q), k_RHK=k_LHK, v_RHV=v_LHV, gamma_q=gamma_q, gamma_k=gamma_k, sink_H=sink,
+            key_norm_RH=stream.lay(launch_inverse_norms(x_MHD=k, mean=mean), behind=True), units=blocks.units,
+            mean=mean, tile=read_config(k.shape[-1], v.shape[-1], k.dtype, k.device).forward, opened=stream.opened,
+            opened_segments=stream.rows)
+        under_maps, under_open, under_shards = read.runs(SHARES)
+        launch_read_own(read, under_maps)
         maps = started.maps.wait()
         state = fold_left(maps, part)
         state = F.pad(state, (0, 0, 0, 0, 0, 0, 0, stream.documents - state.shape[0]))
         o_state, square, kept = finish(q, k, v, started.begun, state)
-        score_SH, v_LHV = _with_open_block(stream, k, v, _rank(choices.score, square, v, beta), k_LHK, group)
-        mean = norm_mean(choices.read_norm, q.shape[2])
-        crossed = _exchange_candidates(stream, k_LHK, v_LHV, score_SH, mean, group)
-        blocks = stream.blocks(q.device)
+        score_SH = _with_open_block(stream, k, v, _rank(choices.score, square, v, beta), read, under_open, group)
+        crossed = _exchange_candidates(stream, read, score_SH, under_shards, group)
         slots_UHw = select_slots(score_MH=score_SH, plan=blocks.plan, slots=choices.slots, **crossed.incoming)
-        y, o_cache, lse, query_norm = launch_read_forward(
-            q_MHK=stream.lay(q), k_RHK=k_LHK, v_RHV=v_LHV, key_norm_RH=crossed.key_norm, gamma_q=gamma_q,
-            gamma_k=gamma_k, sink_H=sink, gate_H=gate, o_state_MHV=stream.lay(o_state), slots_UHw=slots_UHw,
-            units=blocks.units, mean=mean, incoming=blocks.incoming,
-            tile=read_config(k.shape[-1], v.shape[-1], k.dtype, k.device).forward)
-        ctx.save_for_backward(q, k_LHK, v_LHV, log_decay, beta, gamma_q, gamma_k, gate, sink, crossed.key_norm,
+        y, o_cache, lse, query_norm = launch_read_rest(
+            read, gate_H=gate, o_state_MHV=stream.lay(o_state), slots_UHw=slots_UHw, incoming=blocks.incoming)
+        ctx.save_for_backward(q, k_LHK, v_LHV, log_decay, beta, gamma_q, gamma_k, gate, sink, read.key_norm_RH,
                               o_cache, lse, query_norm, slots_UHw, crossed.sent_rows, crossed.places,
                               maps_between(maps, part), *kept)
         ctx.stream, ctx.group, ctx.begun, ctx.blocks, ctx.mean = stream, group, started.begun, blocks, mean
@@ -154,57 +172,60 @@ def _rows(stream: Stream, x: Tensor) -> Tensor:
     return x.unflatten(0, (stream.rows, -1))
 
 
-def _with_open_block(stream: Stream, k_MHK: Tensor, v_MHV: Tensor, score_MH: Tensor, k_LHK: Tensor,
-                     group: dist.ProcessGroup) -> tuple[Tensor, Tensor]:
-    """Scores [S, H] and v [L, H, V] of the stream, the left neighbour's open tokens in them and in k."""
+def _with_open_block(stream: Stream, k_MHK: Tensor, v_MHV: Tensor, score_MH: Tensor, read: SplitRead,
+                     run: tuple[int, int], group: dist.ProcessGroup) -> Tensor:
+    """Scores [S, H] of the stream; the left neighbour's open tokens are in them and in what `read` takes."""
     halo = stream.block - 1
     if not halo:
-        return stream.lay(score_MH), stream.lay(v_MHV, behind=True)
+        launch_read_own(read, run)
+        return stream.lay(score_MH)
     last = [_rows(stream, x)[:, stream.part.tokens - halo:] for x in (k_MHK, v_MHV, score_MH[..., None])]
     pending = start_shift(pack(last), 1, group, "open block")
-    score_SH, v_LHV = stream.lay(score_MH), stream.lay(v_MHV, behind=True)  # while it travels
+    score_SH = stream.lay(score_MH)  # while it travels
+    launch_read_own(read, run)
     came = unpack(pending.wait(), last)
     if stream.opened:
-        for laid, x in zip((k_LHK, v_LHV, score_SH[..., None]), came, strict=True):
-            stream.open(laid).copy_(x[:, halo - stream.opened:])
-    return score_SH, v_LHV
+        k, v, score = (x[:, halo - stream.opened:] for x in came)
+        norm = _rows(stream, launch_inverse_norms(x_MHD=k.flatten(0, 1), mean=read.mean))
+        for laid, x in ((read.k_RHK, k), (read.v_RHV, v), (score_SH, score[..., 0]), (read.key_norm_RH, norm)):
+            stream.open(laid).copy_(x)
+    return score_SH
 
 
 @dataclass(frozen=True)
 class Crossed:
     """What the ranks' exchange of candidates left.
 
-    key_norm   [L, H] of all keys of the stream
     sent_rows  [N, H, w] rows of the stream that this rank offered, -1 where it had no more
     places     [N, H, w] where the cached tokens lie among the earlier ranks' J * w candidates; None if nothing enters
     incoming   the entering caches, as `select_slots` takes them
     """
 
-    key_norm: Tensor
     sent_rows: Tensor
     places: Tensor | None
     incoming: dict[str, Tensor]
 
 
-def _exchange_candidates(stream: Stream, k_LHK: Tensor, v_LHV: Tensor, score_SH: Tensor, mean: float,
+def _exchange_candidates(stream: Stream, read: SplitRead, score_SH: Tensor, run: tuple[int, int],
                          group: dist.ProcessGroup) -> Crossed:
-    """Offer this rank's best tokens; the entering cache is filled in behind k and v."""
+    """Offer this rank's best tokens; the entering cache is filled in behind the tokens that `read` takes."""
+    k_LHK, v_LHV = read.k_RHK, read.v_RHV
     rows = best_rows(score_SH, stream.closed_runs(), stream.slots)
     at, empty = _places_of(rows), rows < 0
     shard = Shard(k_LHK.flatten(0, 1)[at], v_LHV.flatten(0, 1)[at],
                   score_SH.flatten()[at].masked_fill(empty, -torch.inf), stream.position_of(rows))
     under_way = send_shard(shard, group)
-    norm = launch_inverse_norms(x_MHD=k_LHK[: stream.tokens], mean=mean)
+    launch_read_own(read, run)
     everyone, part = unpack_shards(*under_way), stream.part
     if not part.before:
-        return Crossed(norm, rows, None, {})
+        return Crossed(rows, None, {})
     earlier = slice(part.first_rank, part.rank)
     cache, places = merge(everyone.k[earlier], everyone.v[earlier], everyone.score[earlier],
                           everyone.position[earlier], stream.slots)
     stream.cached(k_LHK).copy_(cache.k)
     stream.cached(v_LHV).copy_(cache.v)
-    behind = launch_inverse_norms(x_MHD=k_LHK[stream.tokens:], mean=mean)
-    return Crossed(torch.cat([norm, behind]), rows, places, _incoming(stream, cache))
+    read.key_norm_RH[stream.tokens:] = launch_inverse_norms(x_MHD=k_LHK[stream.tokens:], mean=read.mean)
+    return Crossed(rows, places, _incoming(stream, cache))
 
 
 def _incoming(stream: Stream, cache: Shard) -> dict[str, Tensor]:

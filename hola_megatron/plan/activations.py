@@ -21,6 +21,7 @@ CHUNK = 64                    # tokens of a chunk of the state kernels (hola_ker
 SCALES = 8                    # float32 numbers a token and head that a chunk keeps
 MULTIPROCESSORS = 132         # of an H100 or H200: how many programs run side by side decides where sequences are split
 SPLIT_GAIN, LEAST_SPAN = 2.5, 16  # when hola_kernels splits a sequence, and the chunks a span has at least
+KEPT_WIDTH = 128              # up to which, in 16 bits, the forward pass keeps every chunk's state (keeps_states)
 KERNEL_WIDTHS = (64, 128, 256)    # key and value widths the state kernels take
 FLOAT32 = 4
 SCORE_BYTES = 12              # what Megatron's router keeps of a token and expert: a score, a place in a sorted list
@@ -107,6 +108,14 @@ class Share:
         return self.sequences * math.ceil(longest / span) if longest > SPLIT_GAIN * span else 0
 
     @property
+    def kept_states(self) -> float:
+        """Bytes of a layer's chunk states that its forward pass keeps."""
+        model = self.recipe.model
+        if self.number != 2 or max(model.key_dim, model.value_dim) > KEPT_WIDTH:
+            return 0.0
+        return self.chunks * self.heads * model.key_dim * model.value_dim * self.number
+
+    @property
     def kernels_problem(self) -> str | None:
         """Why Triton's kernels would not run, so that kernels' memory is only a lower bound; None if they do."""
         model, kinds = self.recipe.model, set(self.recipe.model.layer_kinds)
@@ -170,6 +179,8 @@ def _delta(share: Share, exact_cache: bool) -> list[Term]:
              share.chunks * heads * (SCALES * CHUNK * FLOAT32 + 2 * CHUNK * CHUNK * e)),
         Term("kernels", "mixer output before its norm", tokens * value * e),
     ]
+    if share.kept_states:
+        terms.append(Term("kernels", "chunk states and residuals", share.kept_states + tokens * value * e))
     if share.interleaved:
         terms.append(Term("kernels", "output gate as rows of a head", tokens * value * e))
     if share.spans:
@@ -235,8 +246,8 @@ def layer_workspace(share: Share, kind: str) -> float:
     if kind == "A":
         return stream + max(mlp, 6 * tokens * width // share.recipe.parallel.tensor * e)
     key, value = heads * model.key_dim, heads * model.value_dim
-    states = 2 * share.chunks * heads * model.key_dim * model.value_dim * e  # S and dS of every chunk
-    rule = (states + tokens * (2 * key + 4 * value) * e  # dq dk; dv dr e do
+    states = 2 * share.chunks * heads * model.key_dim * model.value_dim * e - share.kept_states  # S and dS of chunks
+    rule = (states + tokens * (2 * key + (3 if kind == "H" else 4) * value) * e  # dq dk; dr (dv in its place) e do
             + share.chunks * heads * (3 * CHUNK * CHUNK * e + 4 * CHUNK * FLOAT32))
     units = share.sequences * math.ceil(share.longest / model.cache.block)
     tiles = math.ceil(model.cache.slots / 64) + math.ceil(model.cache.block / 64)

@@ -14,10 +14,11 @@ import torch
 from torch import Tensor
 
 from hola_kernels.exact_cache.read_configs import read_config
-from hola_kernels.exact_cache.triton_forward import launch_inverse_norms, launch_read_forward
+from hola_kernels.exact_cache.triton_forward import launch_read_forward
 from hola_kernels.exact_cache.triton_read import Blocks, exact_read_backward, norm_mean
 from hola_kernels.exact_cache.triton_select import select_slots
 from hola_kernels.gated_delta.triton_layout import Layout
+from hola_kernels.gated_delta.triton_prepare import ReadNorm
 from hola_kernels.gated_delta.triton_rule import layout_for, rule_backward, rule_forward
 
 
@@ -36,16 +37,18 @@ def hola_attention_triton(*, q_MHK: Tensor, k_MHK: Tensor, v_MHV: Tensor, log_de
 
 
 class _HolaAttention(torch.autograd.Function):
-    """Saved: the inputs; of the state the chunks' U, P and scales; of the read o_cache, lse, norms and slots."""
+    """Saved: the inputs; of the state the chunks' U, P and scales (and states); of the read o_cache, lse, norms and
+    slots."""
 
     @staticmethod
     def forward(ctx, q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, beta: Tensor, gamma_q: Tensor,
                 gamma_k: Tensor, gate: Tensor, sink: Tensor | None, layout: Layout, blocks: Blocks, score: str,
                 mean: float) -> Tensor:
         q, k, v, log_decay, beta = (x.contiguous() for x in (q, k, v, log_decay, beta))
-        o_state, square, _, kept = rule_forward(q, k, v, log_decay, beta, None, layout)
+        key_norm = k.new_empty(k.shape[:2], dtype=torch.float32)
+        o_state, square, _, kept = rule_forward(q, k, v, log_decay, beta, None, layout,
+                                                train=any(ctx.needs_input_grad), read_norm=ReadNorm(key_norm, mean))
         slots_UHw = select_slots(score_MH=_rank(score, square, v, beta), plan=blocks.plan, slots=blocks.slots)
-        key_norm = launch_inverse_norms(x_MHD=k, mean=mean)
         y, o_cache, lse, query_norm = launch_read_forward(
             q_MHK=q, k_RHK=k, v_RHV=v, key_norm_RH=key_norm, gamma_q=gamma_q, gamma_k=gamma_k, sink_H=sink,
             gate_H=gate, o_state_MHV=o_state, slots_UHw=slots_UHw, units=blocks.units, mean=mean, incoming=False,
@@ -60,11 +63,12 @@ class _HolaAttention(torch.autograd.Function):
         (q, k, v, log_decay, beta, gamma_q, gamma_k, gate, sink, key_norm, o_cache, lse, query_norm, slots_UHw,
          *kept) = ctx.saved_tensors
         dy = dy.contiguous()
-        dq, dk, dv, dlog_decay, dbeta, _ = rule_backward(q, k, v, log_decay, beta, kept, ctx.layout, dy, None)
+        dq, dk, dr, dlog_decay, dbeta, _ = rule_backward(q, k, v, log_decay, beta, kept, ctx.layout, dy, None,
+                                                         write_dv=False)
         dq, dk, dv, dgamma_q, dgamma_k, dsink, dgate = exact_read_backward(
             q=q, k=k, v=v, gamma_q=gamma_q, gamma_k=gamma_k, sink=sink, gate=gate, key_norm=key_norm,
             o_cache=o_cache, lse=lse, query_norm=query_norm, slots_UHw=slots_UHw, blocks=ctx.blocks, mean=ctx.mean,
-            dy=dy, into=(dq, dk, dv))
+            dy=dy, into=(dq, dk, dr), beta=beta)
         return dq, dk, dv, dlog_decay, dbeta, dgamma_q, dgamma_k, dgate, dsink, None, None, None, None
 
 

@@ -28,9 +28,10 @@ else:
     import test_gated_norm as norm_tests
     import test_short_conv as conv_tests
 
-    from hola_kernels.exact_cache import selection_plan
-    from hola_kernels.exact_cache.verify_cases import limit, measure_pieces, measure_read
+    from hola_kernels.exact_cache import selection_plan, triton_split_read
+    from hola_kernels.exact_cache.verify_cases import limit, measure_pieces, measure_read, measure_split
     from hola_kernels.short_conv import triton_strips
+    from hola_kernels.unit_table import UnitTable
 
     TINY = {"heads": 1, "block": 16, "slots": 4, "device": "cpu"}
 
@@ -57,6 +58,35 @@ else:
 
     def test_pieces_hand_the_memory_on():
         check(measure_pieces(dtype=torch.float32, bounds=(0, 7, 7, 20, 50), key=16, **TINY))
+
+    @pytest.mark.parametrize("sink", [True, False])
+    @pytest.mark.parametrize("late", [0, 5, 16, 23])
+    def test_in_two_passes_with_tokens_that_come_late(late, sink, monkeypatch):
+        """Documents of no, one and many tokens, blocks wider than a tile, slots that fill none, values in two parts."""
+        monkeypatch.setattr(triton_split_read, "ALIGNED", 1)
+        monkeypatch.setattr(triton_split_read, "VALUE_WIDTH", 16)
+        sizes = {**TINY, "block": 24, "slots": 20, "heads": 2}
+        check(measure_split(dtype=torch.float32, key=16, value=32, cuts=(0, 30, 30, 31, 90), late=late, sink=sink,
+                            **sizes), outputs=3)
+
+    def test_in_two_passes_where_no_block_has_a_past():
+        for late in (0, 7):
+            check(measure_split(dtype=torch.float32, key=32, value=16, cuts=(0, 9, 10, 26), late=late, **TINY),
+                  outputs=3)
+
+    def test_in_two_passes_in_half_precision():
+        check(measure_split(dtype=torch.float16, key=16, value=16, cuts=(0, 40, 60), late=3, **TINY), "float16",
+              outputs=3)
+
+    def test_runs_of_blocks_are_aligned_and_leave_none_out():
+        def runs(units):
+            table = UnitTable(16, torch.zeros(units, 5), torch.zeros(2))
+            read = triton_split_read.SplitRead(*[None] * 7, table, *[None] * 8)
+            return read.runs((2, 1, 3))
+
+        assert runs(256) == [(0, 84), (84, 128), (128, 256)]
+        assert runs(5) == [(0, 0), (0, 0), (0, 5)]
+        assert runs(0) == [(0, 0)] * 3
 
     def test_without_a_sink_a_block_without_a_past_reads_itself():
         x = torch.randn(1, 20, 1, 16)
@@ -120,6 +150,6 @@ else:
         gradients = (norm_tests.gradients(y, inputs) for y in (found, expected))
         assert all(relative_error(a, b) < 1e-6 for a, b in zip(*gradients, strict=True))
 
-    def check(errors, dtype="float32"):
+    def check(errors, dtype="float32", outputs=7):
         wrong = {output: error for output, error in errors.items() if not error < limit(dtype, output)}
-        assert len(errors) >= 7 and not wrong
+        assert len(errors) >= outputs and not wrong

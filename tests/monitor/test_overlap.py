@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from hola_megatron.monitor.overlap import overlaps, table
+from hola_megatron.monitor.overlap import Overlap, overlaps, table, transfer
 from hola_megatron.parallel.collectives import Sent
 
 
@@ -33,8 +33,22 @@ def test_every_message_has_its_name_and_its_hidden_share():
 def test_the_table_shows_all_ranks_and_the_worst():
     other = [{**e, "ts": e["ts"] + 1000} for e in TRACE if e["name"] != "read"]
     shown = table([overlaps(TRACE, SENT), overlaps(other, SENT)])
-    assert "| all-gather: cache shards | 1 | 40 | 100 % | 100 % | 0.00 |" in shown
+    assert "| all-gather: cache shards | 1 | 40 | 100 % | 100 % | 0.00 | 40 | 100 % |" in shown
     assert "| all-gather: state maps | 1 | 100 | 25 % | 0 % |" in shown
+
+
+def test_a_transfer_is_the_end_that_the_last_rank_sees():
+    """Two messages; the first reaches its last rank 30 late, the second its other rank 10 late."""
+    def rank(*messages: tuple[float, float], work: tuple[float, float]) -> list[Overlap]:
+        return overlaps([event("walk", *work), *(event("ncclDevKernel_AllGather", *m) for m in messages)], [])
+
+    early, late = rank((0, 50), (200, 220), work=(0, 40)), rank((530, 550), (690, 720), work=(480, 545))
+    # the ends [30, 50] and [200, 220] there, [530, 550] and [700, 720] here: of 20 each, 10, none, 15 and none hidden
+    assert transfer([early[0], late[0]]) == (20, 25 / 80)
+    assert "| all-gather | 2 | 30 | 46 % | 30 % | 0.03 | 20 | 31 % |" in table([early, late])
+    one_more = rank((0, 50), (200, 220), (300, 310), work=(0, 40))
+    assert transfer([early[0], one_more[0]]) is None
+    assert "| - | - |" in table([early, one_more])
 
 
 @pytest.mark.parametrize("inside", [(0, 0, 0), (5, 95, 90), (-10, 10, 10), (200, 300, 0), (195, 305, 10)])

@@ -123,11 +123,13 @@ def _through_norm(g, x_ptr, at, is_row, norm, mean):
 
 @triton.jit
 def _own_sums_kernel(scratch, x, part_ptr, slots_ptr, units_ptr, first_unit_ptr, k_ptr, key_norm_ptr,
-                     gamma_q_ptr, gamma_k_ptr, gate_ptr, out_ptr, k_stride, H, w, tokens, units, scratch_rows,
+                     gamma_q_ptr, gamma_k_ptr, gate_ptr, beta_ptr, out_ptr, k_stride, H, w, tokens, units, scratch_rows,
                      own_column, mean, scale, D: tl.constexpr, ROWS: tl.constexpr,
                      COLUMNS: tl.constexpr, TILES: tl.constexpr, SLOTS: tl.constexpr, KEYS: tl.constexpr,
-                     GATED: tl.constexpr, ADD: tl.constexpr, PRECISION: tl.constexpr):
+                     GATED: tl.constexpr, ADD: tl.constexpr, SCALED: tl.constexpr, PRECISION: tl.constexpr):
     """dk (KEYS) or dv of [COLUMNS] tokens of a block and head; behind the blocks, of incoming cache rows.
+
+    ADD: to what out holds, SCALED: to beta times what it holds.
 
     Registers: acc [COLUMNS, D] float32. Shared memory: scratch [ROWS, COLUMNS] and x [ROWS, D] per stage.
     """
@@ -173,14 +175,18 @@ def _own_sums_kernel(scratch, x, part_ptr, slots_ptr, units_ptr, first_unit_ptr,
             acc = acc * tl.sigmoid(tl.load(gate_ptr + h).to(tl.float32))
         out = out_ptr + (row_C * H + h)[:, None] * D + d_D[None, :]
         if ADD:
-            acc += tl.load(out, mask=is_column[:, None], other=0.0).to(tl.float32)
+            more = tl.load(out, mask=is_column[:, None], other=0.0).to(tl.float32)
+            if SCALED:
+                more *= tl.load(beta_ptr + row_C * H + h, mask=is_column, other=0.0).to(tl.float32)[:, None]
+            acc += more
         tl.store(out, acc.to(out_ptr.dtype.element_ty), mask=is_column[:, None])
 
 
 def launch_key_gradient(*, pairs: PairGradient, q_MHK: Tensor, k_RHK: Tensor, key_norm_RH: Tensor, dy_MHV: Tensor,
                         gamma_q: Tensor, gamma_k: Tensor, gate_H: Tensor | None, slots_UHw: Tensor, units: UnitTable,
-                        mean: float, incoming: bool, dk_RHK: Tensor, dv_RHV: Tensor, add: bool, tile: Tile) -> None:
-    """Fills (or adds to) dk [R, H, K] and dv [R, H, V]."""
+                        mean: float, incoming: bool, dk_RHK: Tensor, dv_RHV: Tensor, add: bool, beta_MH: Tensor | None,
+                        tile: Tile) -> None:
+    """Fills (or adds to) dk [R, H, K] and dv [R, H, V]; with beta to beta dv instead of dv."""
     tokens, heads, key_dim = q_MHK.shape
     slots = slots_UHw.shape[2]
     launch = {"ROWS": tile.rows, "COLUMNS": tile.columns, "PRECISION": "tf32x3", **tile.launch}
@@ -204,6 +210,7 @@ def launch_key_gradient(*, pairs: PairGradient, q_MHK: Tensor, k_RHK: Tensor, ke
     for (scratch, x, out, keys), part in zip(sides, parts, strict=True):
         _own_sums_kernel[(owners * heads * own_tiles,)](
             scratch, x, part, slots_UHw, units.table, units.first, k_RHK, key_norm_RH, gamma_q, gamma_k,
-            gamma_q if gate_H is None else gate_H, out, k_RHK.stride(0), heads, slots, tokens, units.units, rows,
+            gamma_q if gate_H is None else gate_H,
+            gamma_q if beta_MH is None else beta_MH, out, k_RHK.stride(0), heads, slots, tokens, units.units, rows,
             pairs.slot_tiles * pairs.columns, mean, key_dim**-0.5, D=out.shape[2], TILES=own_tiles, SLOTS=padded,
-            KEYS=keys, GATED=gate_H is not None, ADD=add, **launch)
+            KEYS=keys, GATED=gate_H is not None, ADD=add, SCALED=beta_MH is not None and not keys, **launch)

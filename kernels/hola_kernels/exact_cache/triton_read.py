@@ -72,8 +72,12 @@ class ExactRead(torch.autograd.Function):
 def exact_read_backward(*, q: Tensor, k: Tensor, v: Tensor, gamma_q: Tensor, gamma_k: Tensor, sink: Tensor | None,
                         gate: Tensor | None, key_norm: Tensor, o_cache: Tensor, lse: Tensor, query_norm: Tensor,
                         slots_UHw: Tensor, blocks: Blocks, mean: float, dy: Tensor,
-                        into: tuple[Tensor, Tensor, Tensor] | None = None) -> tuple[Tensor | None, ...]:
-    """(dq, dk, dv, d gamma_q, d gamma_k, d sink, d gate); `into`: contiguous (dq, dk, dv) to add to in place."""
+                        into: tuple[Tensor, Tensor, Tensor] | None = None,
+                        beta: Tensor | None = None) -> tuple[Tensor | None, ...]:
+    """(dq, dk, dv, d gamma_q, d gamma_k, d sink, d gate).
+
+    into: contiguous (dq, dk, dv) to add to in place; with beta [M, H] its last is x of a gradient beta x of v.
+    """
     add = into is not None
     dq, dk, dv = into if add else (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
     config = read_config(k.shape[-1], v.shape[-1], k.dtype, k.device)
@@ -85,8 +89,8 @@ def exact_read_backward(*, q: Tensor, k: Tensor, v: Tensor, gamma_q: Tensor, gam
         tile=config.pair_gradient, **shared)
     shared |= {"pairs": pairs, "mean": mean, "add": add}
     gamma_part = launch_query_gradient(query_norm_MH=query_norm, dq_MHK=dq, tile=config.query_gradient, **shared)
-    launch_key_gradient(key_norm_RH=key_norm, dy_MHV=dy, gate_H=gate, dk_RHK=dk, dv_RHV=dv, tile=config.key_gradient,
-                        **shared)
+    launch_key_gradient(key_norm_RH=key_norm, dy_MHV=dy, gate_H=gate, dk_RHK=dk, dv_RHV=dv, beta_MH=beta,
+                        tile=config.key_gradient, **shared)
     gamma_both, heads = gamma_part.sum(0), head_part.sum(0)
     dsink = None if sink is None else heads[:, 0].to(sink.dtype)
     dgate = None

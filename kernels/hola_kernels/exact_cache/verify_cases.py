@@ -20,6 +20,7 @@ NAMES = ("q", "k", "v", "gamma_q", "gamma_k", "sink", "gate", "o_state")
 LIMITS = {"float32": {"o": 1e-5, "gradient": 1e-4}, "bfloat16": {"o": 5e-3, "gradient": 8e-3},
           "float16": {"o": 1e-3, "gradient": 2e-3}}
 PACKED = (0, 0, 1, 64, 65, 700, 700, 1723)
+WIDTHS = ((256, 256), (128, 128), (64, 64), (128, 256), (256, 64))
 
 
 def cases() -> list[tuple[str, Callable[[], dict[str, float]]]]:
@@ -27,11 +28,15 @@ def cases() -> list[tuple[str, Callable[[], dict[str, float]]]]:
     made: list[tuple[str, Callable[[], dict[str, float]]]] = []
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
         word = str(dtype).removeprefix("torch.")
-        for key, value in ((256, 256), (128, 128), (64, 64), (128, 256), (256, 64)):
+        for key, value in WIDTHS:
             made.append((f"{word} exact read K={key} V={value} T=600",
                          lambda d=dtype, k=key, v=value: measure_read(dtype=d, key=k, value=v, lengths=[600, 600])))
             made.append((f"{word} exact read K={key} V={value} packed",
                          lambda d=dtype, k=key, v=value: measure_read(dtype=d, key=k, value=v, cuts=PACKED)))
+            made += [(f"{word} exact read in two passes K={key} V={value} {late} late, {'a' if sink else 'no'} sink",
+                      lambda d=dtype, k=key, v=value, n=late, s=sink: measure_split(
+                          dtype=d, key=k, value=v, cuts=(0, 300, 301, 301, 365, 1723), late=n, sink=s))
+                     for late, sink in ((0, True), (100, True), (255, False))]
         made.append((f"{word} exact read with an incoming memory", lambda d=dtype: measure_pieces(dtype=d)))
     for length in (1, 63, 255, 257, 1000, 6000):
         made.append((f"bfloat16 exact read K=128 V=128 T={length}",
@@ -78,6 +83,47 @@ def measure_read(*, dtype: torch.dtype, key: int, value: int, lengths: list[int]
     finally:
         read_configs.TABLE.update(chosen)
     return {"o": relative_error(y, expected_y)} | {n: relative_error(found[n], expected[n]) for n in NAMES}
+
+
+def measure_split(*, dtype: torch.dtype, key: int, value: int, cuts: tuple[int, ...], late: int = 0, sink: bool = True,
+                  heads: int = 2, block: int = 256, slots: int = 64, device: str = "cuda") -> dict[str, float]:
+    """Errors of the read in two passes: o against float64 (the worse of y and o_cache), lse against the one pass.
+
+    late: first tokens of the first document whose keys and values are NaN until the first pass is over.
+    """
+    from hola_kernels.exact_cache import triton_forward, triton_read, triton_split_read
+    from hola_kernels.exact_cache.read_configs import read_config
+
+    x = make_inputs(cuts[-1], heads, key, value, dtype, 4, device)
+    score, bounds = x.pop("score"), torch.tensor(cuts, device=device)
+    x["sink"] = x["sink"] if sink else None
+    blocks = triton_read.Blocks.cut(bounds, cuts[-1], block=block, slots=slots, dense=False)
+    wide = {n: None if y is None else y.double() for n, y in x.items()}
+    o_cache, _ = exact_read(**{n: wide[n][None] for n in ("q", "k", "v")}, score=score.double()[None], block=block,
+                            **{n: wide[n] for n in ("gamma_q", "gamma_k", "sink")}, slots=slots, backend="torch",
+                            cu_seqlens=bounds)
+    expected_y = wide["o_state"] + wide["gate"].sigmoid()[:, None] * o_cache[0]
+
+    mean = triton_read.norm_mean("rms", key)
+    norm = triton_forward.launch_inverse_norms(x_MHD=x["k"], mean=mean)
+    keys = {"k_RHK": x["k"], "v_RHV": x["v"], "key_norm_RH": norm}
+    shared = {"q_MHK": x["q"], "gamma_q": x["gamma_q"], "gamma_k": x["gamma_k"], "sink_H": x["sink"], "mean": mean,
+              "units": blocks.units, "tile": read_config(key, value, dtype, x["q"].device).forward}
+    chosen = triton_read.select_slots(score_MH=score, plan=blocks.plan, slots=slots)
+    rest = {"gate_H": x["gate"], "o_state_MHV": x["o_state"], "slots_UHw": chosen, "incoming": late > 0}
+    filling = {n: y.clone() for n, y in keys.items()}
+    with poisoned():
+        _, _, lse, query_norm = triton_forward.launch_read_forward(**shared, **keys, **rest)
+        read = triton_split_read.begin_split_read(**shared, **filling, opened=late, opened_segments=1)
+        for y in filling.values():
+            y[:late] = float("nan")
+        for run in read.runs((1, 2)):
+            triton_split_read.launch_read_own(read, run)
+        for n, y in filling.items():
+            y[:late] = keys[n][:late]
+        found = triton_split_read.launch_read_rest(read, **rest)
+    return {"o": max(relative_error(found[0], expected_y), relative_error(found[1], o_cache[0])),
+            "lse": relative_error(found[2], lse), "query_norm": relative_error(found[3], query_norm)}
 
 
 def measure_pieces(*, dtype: torch.dtype, bounds: tuple[int, ...] = (0, 300, 310, 1024, 1300), key: int = 128,

@@ -41,10 +41,12 @@ DECAY_Q = tl.constexpr(3)    # dg through the incoming state, from q
 @triton.jit
 def _matrix_kernel(k, do, dr, residual, dr_rows, scales, attend, chunks, dv, dbeta, to_dq, from_q, from_k, sums,
                    H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
-                   ROWS: tl.constexpr, SUM_ROWS: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr):
+                   ROWS: tl.constexpr, SUM_ROWS: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
+                   WRITE_DV: tl.constexpr):
     """One program a chunk and head: do e^T, dr e^T and k k^T [64, 64] in registers; tiles [64, BV] of v, [64, 64] of k.
 
-    Writes dv, dbeta and, ready to be multiplied, M rk beta, M^T rq and (G + G^T) rk, rows without their factor beta.
+    Writes dv (if WRITE_DV), dbeta and, ready to be multiplied, M rk beta, M^T rq and (G + G^T) rk, rows without their
+    factor beta.
     """
     pid = tl.program_id(0)
     chunk, head = pid // H, pid % H
@@ -66,9 +68,9 @@ def _matrix_kernel(k, do, dr, residual, dr_rows, scales, attend, chunks, dv, dbe
         e_CV = residual.load([start, head * V + j * BV])
         do_e_CC = tl.dot(do_CV, tl.trans(e_CV), do_e_CC, input_precision=PRECISION)
         dr_e_CC = tl.dot(dr_CV, tl.trans(e_CV), dr_e_CC, input_precision=PRECISION)
-        # once more for dv: a tile that goes into a product must not go into registers as well
-        again_CV = tl.load(dr_rows + j * BV + value_tile, mask=inside[:, None], other=0.0).to(tl.float32)
-        tl.store(dv + j * BV + value_tile, (again_CV * b[:, None]).to(narrow), mask=inside[:, None])
+        if WRITE_DV:  # once more: a tile that goes into a product must not go into registers as well
+            again_CV = tl.load(dr_rows + j * BV + value_tile, mask=inside[:, None], other=0.0).to(tl.float32)
+            tl.store(dv + j * BV + value_tile, (again_CV * b[:, None]).to(narrow), mask=inside[:, None])
     kk_CC = tl.zeros([C, C], tl.float32)
     for part in tl.range(0, K // 64, num_stages=STAGES):
         k_C64 = k.load([start, head * K + part * 64])
@@ -192,11 +194,11 @@ def _key_kernel(q, k, dr, residual, states, dstates, scales, from_q, from_k, chu
 
 def chunk_gradients(*, q_MHK: Tensor, k_MHK: Tensor, do_MHV: Tensor, residual: Tensor, states: Tensor,
                     dstates: Tensor, dr: Tensor, scales: Tensor, attend: Tensor, chunks: Tensor,
-                    log_decay_MH: Tensor, beta_MH: Tensor,
-                    precision: str) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """dq, dk, dv, dlog_decay, dbeta, each shaped and typed as its input."""
+                    log_decay_MH: Tensor, beta_MH: Tensor, precision: str,
+                    write_dv: bool = True) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """dq, dk, dv, dlog_decay, dbeta, shaped and typed as the inputs; dr in place of dv = beta dr without write_dv."""
     (_, heads, value_dim), key_dim = do_MHV.shape, k_MHK.shape[2]
-    dq, dk, dv = torch.empty_like(q_MHK), torch.empty_like(k_MHK), torch.empty_like(do_MHV)
+    dq, dk, dv = torch.empty_like(q_MHK), torch.empty_like(k_MHK), torch.empty_like(dr) if write_dv else dr
     dlog_decay, dbeta = torch.empty_like(log_decay_MH), torch.empty_like(beta_MH)
     if not chunks.shape[0]:
         return dq, dk, dv, dlog_decay, dbeta
@@ -225,7 +227,7 @@ def chunk_gradients(*, q_MHK: Tensor, k_MHK: Tensor, do_MHV: Tensor, residual: T
     launch = launch_of("gated_delta_matrices", *key)
     _matrix_kernel[grid](
         keys(k_MHK, 64), values(do_MHV, launch), values(dr, launch), values(residual, launch), dr, scales, attend,
-        chunks, dv, dbeta, to_dq, from_q, from_k, sums, **options(launch))
+        chunks, dv, dbeta, to_dq, from_q, from_k, sums, WRITE_DV=write_dv, **options(launch))
     launch = launch_of("gated_delta_dq", *key)
     _query_kernel[grid](
         keys(q_MHK), keys(k_MHK), values(do_MHV, launch), states_of(states, launch), scales, matrices(to_dq), chunks,

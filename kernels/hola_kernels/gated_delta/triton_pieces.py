@@ -60,7 +60,7 @@ def leaving_map(k: Tensor, v: Tensor, begun: Begun) -> Tensor:
 
 def finish(q: Tensor, k: Tensor, v: Tensor, begun: Begun, state: Tensor) -> tuple[Tensor, Tensor, Sequence[Tensor]]:
     """(o, |write|^2 over each tile of V, what the backward keeps) from the states entering [N, H, K, V]."""
-    o, square, _, kept = finish_rule(q, k, v, begun.factors, state, begun.layout)
+    o, square, _, kept = finish_rule(q, k, v, begun.factors, state, begun.layout, train=True)
     return o, square, kept
 
 

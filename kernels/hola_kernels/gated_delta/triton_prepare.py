@@ -14,13 +14,15 @@ series of a block matrix that is nilpotent after four steps, whose terms stay sm
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from hola_kernels.descriptors import tiles_of
-from hola_kernels.norms import L2_EPS
+from hola_kernels.norms import L2_EPS, RMS_EPS
 from hola_kernels.triton_config import launch_of
 
 # of the products that join the blocks, for 16-bit and for fp32 inputs; plain tf32 loses half of the 16-bit digits
@@ -38,10 +40,19 @@ KEY_NORM = tl.constexpr(5)   # rk
 QUERY_NORM = tl.constexpr(6)  # rq
 
 
+@dataclass(frozen=True)
+class ReadNorm:
+    """Room [M, H] float32 for 1 / sqrt(mean |k|^2 + eps) of every key, which cost nothing beside |k|^2."""
+
+    key_norm_MH: Tensor
+    mean: float
+
+
 @triton.jit
-def _prepare_kernel(q, k, log_decay, beta, chunks, scales, solve, attend,
+def _prepare_kernel(q, k, log_decay, beta, chunks, scales, solve, attend, read_norm, read_mean,
                     H: tl.constexpr, K: tl.constexpr, C: tl.constexpr, ROWS: tl.constexpr, EPS: tl.constexpr,
-                    PART: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr, SOLVE: tl.constexpr):
+                    PART: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr, SOLVE: tl.constexpr,
+                    READ_NORM: tl.constexpr, READ_EPS: tl.constexpr):
     """One program a chunk and head. The [64, 64] matrices live in registers, fp32; k and q pass in parts [64, PART]."""
     pid = tl.program_id(0)
     chunk, head = pid // H, pid % H
@@ -68,6 +79,8 @@ def _prepare_kernel(q, k, log_decay, beta, chunks, scales, solve, attend,
     k_square, q_square = tl.sum(tl.where(same, kk_CC, 0.0), 1), tl.sum(tl.where(same, qq_CC, 0.0), 1)
     rk = tl.where(inside, 1.0 / tl.sqrt(k_square + EPS), 0.0)
     rq = tl.where(inside, 1.0 / tl.sqrt(q_square + EPS), 0.0)
+    if READ_NORM:  # what the exact read divides keys by
+        tl.store(read_norm + at, tl.rsqrt(k_square * read_mean + READ_EPS), mask=inside)
     root: tl.constexpr = K ** -0.5
     row = scales + pid.to(tl.int64) * (ROWS * C) + place
     tl.store(row + KEY_IN * C, tl.exp(g) * rk)
@@ -118,8 +131,11 @@ def _solve(n_CC, b, C: tl.constexpr, PRECISION: tl.constexpr):
 
 
 def prepare(*, q_MHK: Tensor, k_MHK: Tensor, log_decay_MH: Tensor, beta_MH: Tensor, chunks: Tensor,
-            precision: str) -> tuple[Tensor, Tensor, Tensor]:
-    """scales [U, H, 8, 64] fp32, solve U and attention P [U, H, 64, 64] in q's dtype, for all chunks at once."""
+            precision: str, read_norm: ReadNorm | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    """scales [U, H, 8, 64] fp32, solve U and attention P [U, H, 64, 64] in q's dtype, for all chunks at once.
+
+    read_norm: the exact read's norms of the keys are wanted too.
+    """
     heads, key_dim = q_MHK.shape[1:]
     count, size = chunks.shape[0], 64
     scales = q_MHK.new_empty(count, heads, SCALES, size, dtype=torch.float32)
@@ -131,7 +147,8 @@ def prepare(*, q_MHK: Tensor, k_MHK: Tensor, log_decay_MH: Tensor, beta_MH: Tens
     if count:
         _prepare_kernel[(count * heads,)](
             tiles_of(q_MHK, heads * key_dim, size, launch.tile), tiles_of(k_MHK, heads * key_dim, size, launch.tile),
-            log_decay_MH, beta_MH, chunks, scales, solve, attend, H=heads, K=key_dim, C=size,
+            log_decay_MH, beta_MH, chunks, scales, solve, attend, read_norm.key_norm_MH if read_norm else scales,
+            read_norm.mean if read_norm else 0.0, H=heads, K=key_dim, C=size,
             ROWS=SCALES, EPS=L2_EPS, PART=launch.tile, STAGES=launch.stages, PRECISION=precision, SOLVE=solve_precision,
-            num_warps=launch.warps, maxnreg=launch.registers)
+            READ_NORM=read_norm is not None, READ_EPS=RMS_EPS, num_warps=launch.warps, maxnreg=launch.registers)
     return scales, solve, attend

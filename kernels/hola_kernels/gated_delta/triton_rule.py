@@ -32,10 +32,10 @@ from torch import Tensor
 
 from hola_kernels.gated_delta.triton_gradient import chunk_gradients
 from hola_kernels.gated_delta.triton_layout import Layout, cuts_of, layout_of
-from hola_kernels.gated_delta.triton_prepare import prepare
+from hola_kernels.gated_delta.triton_prepare import ReadNorm, prepare
 from hola_kernels.gated_delta.triton_split import entering_states, leaving_gradients, span_chunks
 from hola_kernels.gated_delta.triton_walk import recompute_states, span_maps, walk_backward, walk_forward
-from hola_kernels.triton_config import launch_of
+from hola_kernels.triton_config import keeps_states, launch_of
 
 
 def gated_delta_triton(q_MHK: Tensor, k_MHK: Tensor, v_MHV: Tensor, log_decay_MH: Tensor, beta_MH: Tensor,
@@ -67,7 +67,8 @@ class _GatedDelta(torch.autograd.Function):
     def forward(ctx, q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, beta: Tensor, state: Tensor | None,
                 layout: Layout) -> tuple[Tensor, Tensor, Tensor]:
         q, k, v, log_decay, beta = (x.contiguous() for x in (q, k, v, log_decay, beta))
-        o, square, last, kept = rule_forward(q, k, v, log_decay, beta, state, layout)
+        o, square, last, kept = rule_forward(q, k, v, log_decay, beta, state, layout,
+                                             train=any(ctx.needs_input_grad))
         score = square.sum(-1).sqrt_()
         ctx.save_for_backward(q, k, v, log_decay, beta, *kept)
         ctx.layout = layout
@@ -84,21 +85,24 @@ class _GatedDelta(torch.autograd.Function):
 
 
 def rule_forward(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, beta: Tensor, state: Tensor | None,
-                 layout: Layout) -> tuple[Tensor, Tensor, Tensor, tuple[Tensor | None, ...]]:
+                 layout: Layout, *, train: bool,
+                 read_norm: ReadNorm | None = None) -> tuple[Tensor, Tensor, Tensor, tuple[Tensor | None, ...]]:
     """Contiguous inputs -> (o, |write|^2 over each tile of V [M, H, tiles], last state, what the backward keeps).
 
     Kept: each chunk's U and P (256 bytes a token and head) and scales (32); of a split sequence also the map of
-    each span and the state entering it.
+    each span and the state entering it; if a backward pass will come (train) and `keeps_states`, every chunk's state
+    and residuals.
     """
-    return finish_rule(q, k, v, begin_rule(q, k, v, log_decay, beta, layout), state, layout)
+    begun = begin_rule(q, k, v, log_decay, beta, layout, read_norm)
+    return finish_rule(q, k, v, begun, state, layout, train)
 
 
 def begin_rule(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, beta: Tensor,
-               layout: Layout) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+               layout: Layout, read_norm: ReadNorm | None = None) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """What needs no state: every chunk's scales, U and P, and where sequences are split the map of every span."""
     precision = _precision(v)
     scales, solve, attend = prepare(q_MHK=q, k_MHK=k, log_decay_MH=log_decay, beta_MH=beta, chunks=layout.chunks,
-                                    precision=precision)
+                                    precision=precision, read_norm=read_norm)
     maps = None
     if layout.most_spans > 1:
         maps = span_maps(k_MHK=k, v_MHV=v, scales=scales, solve=solve, layout=layout, precision=precision)
@@ -106,32 +110,34 @@ def begin_rule(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, beta: Tensor,
 
 
 def finish_rule(q: Tensor, k: Tensor, v: Tensor, begun: tuple[Tensor, Tensor, Tensor, Tensor | None],
-                state: Tensor | None, layout: Layout) -> tuple[Tensor, Tensor, Tensor, tuple[Tensor | None, ...]]:
+                state: Tensor | None, layout: Layout,
+                train: bool) -> tuple[Tensor, Tensor, Tensor, tuple[Tensor | None, ...]]:
     """The rest of `rule_forward`, from what `begin_rule` returned and the state entering every segment."""
     scales, solve, attend, maps = begun
     state = None if state is None else state.contiguous()
     if maps is not None:
         state = entering_states(maps=maps, layout=layout, state_NHKV=state, value_dim=v.shape[2])
-    o, square, last = walk_forward(q_MHK=q, k_MHK=k, v_MHV=v, scales=scales, solve=solve, attend=attend,
-                                   layout=layout, state_PHKV=state, precision=_precision(v))
+    o, square, last, states, residual = walk_forward(
+        q_MHK=q, k_MHK=k, v_MHV=v, scales=scales, solve=solve, attend=attend, layout=layout, state_PHKV=state,
+        keep_states=train and keeps_states(k.shape[2], v.shape[2], v.element_size()), precision=_precision(v))
     if maps is not None:
         last = last[layout.segment_spans.sum(1) - 1]
-    return o, square, last, (state, scales, solve, attend, maps)
+    return o, square, last, (state, scales, solve, attend, states, residual, maps)
 
 
 def rule_backward(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, beta: Tensor, kept: Sequence[Tensor | None],
-                  layout: Layout, do: Tensor, dlast: Tensor | None) -> tuple[Tensor, ...]:
-    """(dq, dk, dv, dlog_decay, dbeta, dstate) from contiguous do and the last state's gradient."""
+                  layout: Layout, do: Tensor, dlast: Tensor | None, write_dv: bool = True) -> tuple[Tensor, ...]:
+    """(dq, dk, dv, dlog_decay, dbeta, dstate) from contiguous do and the last state's gradient; write_dv as below."""
     asked = None if kept[-1] is None else asked_of_spans(q, k, kept, layout, do)
     walked = walk_back(q, k, v, kept, layout, do, dlast, asked)
-    gradients = gradients_of_chunks(q, k, v, log_decay, beta, kept, layout, do, walked)
+    gradients = gradients_of_chunks(q, k, v, log_decay, beta, kept, layout, do, walked, write_dv)
     dstate = walked[2]
     return *gradients, dstate if kept[-1] is None else dstate[layout.segment_spans[:, 0]]
 
 
 def asked_of_spans(q: Tensor, k: Tensor, kept: Sequence[Tensor | None], layout: Layout, do: Tensor) -> Tensor:
     """What each span's own outputs ask of the state entering it, [P, H, K, V] fp32."""
-    _, scales, solve, attend, _ = kept
+    _, scales, solve, attend, *_ = kept
     return walk_backward(q_MHK=q, k_MHK=k, do_MHV=do, scales=scales, solve=solve, attend=attend, layout=layout,
                          dstate_PHKV=None, precision=_precision(do), every_chunk=False)[2]
 
@@ -139,26 +145,29 @@ def asked_of_spans(q: Tensor, k: Tensor, kept: Sequence[Tensor | None], layout: 
 def walk_back(q: Tensor, k: Tensor, v: Tensor, kept: Sequence[Tensor | None], layout: Layout, do: Tensor,
               dlast: Tensor | None, asked: Tensor | None) -> tuple[Tensor, ...]:
     """(dr, dstates, dstate, states, residual) of all chunks; asked: of the spans, where sequences are split."""
-    state, scales, solve, attend, maps = kept
+    state, scales, solve, attend, states, residual, maps = kept
     precision = _precision(v)
     dlast = None if dlast is None else dlast.contiguous()
     if maps is not None:
         dlast = leaving_gradients(maps=maps, dentering=asked, layout=layout, dstate_NHKV=dlast)
     back = walk_backward(q_MHK=q, k_MHK=k, do_MHV=do, scales=scales, solve=solve, attend=attend, layout=layout,
                          dstate_PHKV=dlast, precision=precision)
-    return *back, *recompute_states(k_MHK=k, v_MHV=v, scales=scales, solve=solve, layout=layout, state_PHKV=state,
-                                    precision=precision)
+    if states is None:
+        states, residual = recompute_states(k_MHK=k, v_MHV=v, scales=scales, solve=solve, layout=layout,
+                                            state_PHKV=state, precision=precision)
+    return *back, states, residual
 
 
 def gradients_of_chunks(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, beta: Tensor,
                         kept: Sequence[Tensor | None], layout: Layout, do: Tensor,
-                        walked: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    """(dq, dk, dv, dlog_decay, dbeta) from what `walk_back` returned."""
+                        walked: tuple[Tensor, ...], write_dv: bool = True) -> tuple[Tensor, ...]:
+    """(dq, dk, dv, dlog_decay, dbeta) from what `walk_back` returned; without write_dv dr in place of dv = beta dr."""
     dr, dstates, _, states, residual = walked
-    _, scales, _, attend, _ = kept
+    _, scales, _, attend, *_ = kept
     return chunk_gradients(
         q_MHK=q, k_MHK=k, do_MHV=do, residual=residual, states=states, dstates=dstates, dr=dr, scales=scales,
-        attend=attend, chunks=layout.chunks, log_decay_MH=log_decay, beta_MH=beta, precision=_precision(v))
+        attend=attend, chunks=layout.chunks, log_decay_MH=log_decay, beta_MH=beta, precision=_precision(v),
+        write_dv=write_dv)
 
 
 def _precision(v: Tensor) -> str:

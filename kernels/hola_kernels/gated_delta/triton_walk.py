@@ -193,18 +193,24 @@ def _backward_kernel(q, k, do, solve, attend, scale_rows, scales, spans, one, ds
 
 
 def walk_forward(*, q_MHK: Tensor, k_MHK: Tensor, v_MHV: Tensor, scales: Tensor, solve: Tensor, attend: Tensor,
-                 layout: Layout, state_PHKV: Tensor | None, precision: str) -> tuple[Tensor, Tensor, Tensor]:
-    """o [M, H, V], squares of the score [M, H, tiles] fp32, outgoing state of every span [P, H, K, V] fp32."""
+                 layout: Layout, state_PHKV: Tensor | None, keep_states: bool,
+                 precision: str) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
+    """o [M, H, V], squares of the score [M, H, tiles] fp32, outgoing state of every span [P, H, K, V] fp32; with
+    keep_states also what `recompute_states` returns.
+    """
     (tokens, heads, value_dim), key_dim = v_MHV.shape, k_MHK.shape[2]
     launch = launch_of("gated_delta_forward", key_dim, value_dim, v_MHV.element_size())
     o = torch.empty_like(v_MHV)
     square = v_MHV.new_empty(tokens, heads, value_dim // launch.tile, dtype=torch.float32)
     state_out = v_MHV.new_empty(layout.span_count, heads, key_dim, value_dim, dtype=torch.float32)
+    states = v_MHV.new_empty(layout.chunk_count, heads, value_dim, key_dim) if keep_states else None
+    residual = torch.empty_like(v_MHV) if keep_states else None
     _forward_kernel[(layout.span_count * heads * (value_dim // launch.tile),)](
         _keys(q_MHK), _keys(k_MHK), _values(v_MHV, launch), _matrices(solve), _matrices(attend), _scale_rows(scales),
-        scales, layout.spans, 1.0, state_PHKV, state_out, o, square, None, None, H=heads, K=key_dim, V=value_dim,
-        HAS_STATE=state_PHKV is not None, OUTPUT=True, STATES=False, MAPS=False, **_options(launch, precision))
-    return o, square, state_out
+        scales, layout.spans, 1.0, state_PHKV, state_out, o, square, residual,
+        _states(states, launch) if keep_states else None, H=heads, K=key_dim, V=value_dim,
+        HAS_STATE=state_PHKV is not None, OUTPUT=True, STATES=keep_states, MAPS=False, **_options(launch, precision))
+    return o, square, state_out, states, residual
 
 
 def recompute_states(*, k_MHK: Tensor, v_MHV: Tensor, scales: Tensor, solve: Tensor, layout: Layout,
