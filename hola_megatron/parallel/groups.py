@@ -63,11 +63,14 @@ def start(recipe: Recipe) -> Layout:
         virtual = recipe.parallel.virtual_pipeline
         experts = {} if recipe.model.moe.experts is None else {
             "expert_model_parallel_size": recipe.parallel.expert, "expert_tensor_parallel_size": 1}
+        # a message of context parallelism that finds every multiprocessor taken would start when the work that is to
+        # hide it ends
+        priority = {"high_priority_stream_groups": ["cp"]} if device.type == "cuda" else {}
         parallel_state.initialize_model_parallel(
             tensor_model_parallel_size=recipe.parallel.tensor,
             pipeline_model_parallel_size=recipe.parallel.pipeline,
             virtual_pipeline_model_parallel_size=virtual if virtual > 1 else None,
-            context_parallel_size=recipe.parallel.context, **experts,
+            context_parallel_size=recipe.parallel.context, **experts, **priority,
             distributed_timeout_minutes=max(1, round(recipe.parallel.timeout_minutes)))
     model_parallel_cuda_manual_seed(recipe.train.seed)
     if dist.get_rank():

@@ -55,7 +55,8 @@ engine.train_step([batch(50)], 1e-3, lambda *_: "refused")
 result["valid"] = engine.evaluate([batch(99)])[0] / 2048
 result["logits"] = engine.next_logits(torch.arange(37)).isfinite().all().item()
 result["untouched"] = all(torch.equal(value, before[name]) for name, value in engine.fp8_tensors().items())
-print("RESULT " + json.dumps(result))
+if engine.layout.is_main:
+    print("RESULT " + json.dumps(result), flush=True)
 stop()
 """
 
@@ -71,9 +72,11 @@ def run(folder: Path, *, fp8: dict[str, Any] | None = None, save_at: int = -1, r
     if ranks > 1:
         launcher = ["-m", "hola_megatron.launch", "--nproc-per-node", str(ranks), "--no-python"]
         program = [sys.executable, *launcher, *program]
+    environment = {**os.environ, "TORCHDYNAMO_DISABLE": "1"}
+    if recipe["train"]["precision"] == "fp32":  # Transformer Engine multiplies float32 in tf32 otherwise
+        environment["NVIDIA_TF32_OVERRIDE"] = "0"
     done = subprocess.run([*program, json.dumps(recipe), str(folder), str(save_at), str(STEPS)], capture_output=True,
-                          text=True, cwd=ROOT, env={**os.environ, "TORCHDYNAMO_DISABLE": "1"}, check=False,
-                          timeout=300)
+                          text=True, cwd=ROOT, env=environment, check=False, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(next(line for line in done.stdout.splitlines() if line.startswith("RESULT "))[7:])
 

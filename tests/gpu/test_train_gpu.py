@@ -32,7 +32,8 @@ for step in range(recipe.train.steps):
     batch = Batch(tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous(), torch.ones(4, 512), cuts)
     result = engine.train_step([batch], 1e-3)
     rows.append([result.loss, result.grad_norm])
-print("ROWS " + json.dumps(rows))
+if layout.is_main:  # two ranks may write into one line
+    print("ROWS " + json.dumps(rows), flush=True)
 stop()
 """
 
