@@ -5,9 +5,9 @@ waiting for the slowest rank. "Hidden" is the share of it in which at least one 
 work ran on the same GPU; the rest is what the step pays for it.
 
 What of that is the message itself: the rank that arrives last waits for nobody, so the shortest of all ranks' kernels
-of one message is its transfer, and on every rank the transfer is the end of the kernel, since all end together. Its
-hidden share is that of those last microseconds. Ranks' clocks need not agree for it. The kernels of a shift wait for
-neighbours only and do not end together: its transfer takes at least so long.
+of one message is its transfer. Its hidden share is that on this last rank: the others wait for it, whatever they do
+meanwhile, and only what is not hidden there makes the step longer. Ranks' clocks need not agree for it. The kernels
+of a shift wait for neighbours only: its transfer takes at least so long.
 
 Kernels are told apart by what torch's profiler notes of a collective (its name, elements and dtype), matched with
 the messages that `parallel.collectives.counted` saw; messages of others (gradients, parameters) keep NCCL's name.
@@ -31,17 +31,15 @@ BYTES = {"Byte": 1, "Char": 1, "Bool": 1, "Half": 2, "BFloat16": 2, "Int": 4, "F
 
 @dataclass(frozen=True)
 class Message:
-    """One message on one rank: its kernel's microseconds, and the times in it when nothing else ran.
-
-    bare   (from, to) in microseconds before the kernel's end
-    """
+    """One message on one rank: its kernel's microseconds, and those of them when nothing else ran."""
 
     length: float
-    bare: tuple[tuple[float, float], ...]
+    bare: float
 
-    def hidden(self, last: float) -> float:
-        """How much of its last microseconds ran beside other work."""
-        return last - sum(max(min(begin, last) - end, 0.0) for begin, end in self.bare)
+    @property
+    def hidden(self) -> float:
+        """Microseconds beside other work."""
+        return self.length - self.bare
 
 
 @dataclass(frozen=True)
@@ -61,7 +59,7 @@ class Overlap:
 
     @property
     def hidden(self) -> float:
-        return sum(message.hidden(message.length) for message in self.messages)
+        return sum(message.hidden for message in self.messages)
 
     @property
     def share(self) -> float:
@@ -76,23 +74,22 @@ def overlaps(events: Iterable[dict[str, Any]], sent: list[Sent]) -> list[Overlap
     for event in on_device:
         if _is_message(event):
             begin, end = event["ts"], event["ts"] + event["dur"]
-            bare = tuple((end - a, end - b) for a, b in work.gaps(begin, end))
-            found[_what(event, names)].append(Message(end - begin, bare))
+            found[_what(event, names)].append(Message(end - begin, work.left_out(begin, end)))
     rows = [Overlap(what, tuple(messages)) for what, messages in found.items()]
     return sorted(rows, key=lambda row: -row.total)
 
 
 def transfer(ranks: list[Overlap]) -> tuple[float, float] | None:
-    """(mean microseconds, hidden share) of the transfers of one sort of message, from the rows of all ranks.
+    """(mean microseconds, hidden share on the last rank) of the transfers of one sort of message, from all ranks' rows.
 
     None where the ranks did not see equally many: they cannot be told which belong together.
     """
     if len({row.count for row in ranks}) > 1:
         return None
-    shortest = [min(message.length for message in together)
-                for together in zip(*(row.messages for row in ranks), strict=True)]
-    hidden = sum(message.hidden(last) for row in ranks for message, last in zip(row.messages, shortest, strict=True))
-    return sum(shortest) / len(shortest), hidden / (sum(shortest) * len(ranks)) if sum(shortest) else 1.0
+    last = [min(together, key=lambda message: message.length)
+            for together in zip(*(row.messages for row in ranks), strict=True)]
+    total, hidden = sum(message.length for message in last), sum(message.hidden for message in last)
+    return total / len(last), hidden / total if total else 1.0
 
 
 def table(ranks: list[list[Overlap]]) -> str:
@@ -126,14 +123,12 @@ class _Union:
                 self.begins.append(begin)
                 self.ends.append(end)
 
-    def gaps(self, begin: float, end: float) -> list[tuple[float, float]]:
-        """What of [begin, end] the union leaves out."""
-        found, at = [], begin
+    def left_out(self, begin: float, end: float) -> float:
+        """How much of [begin, end] the union leaves out."""
+        covered = 0.0
         for place in range(bisect_right(self.ends, begin), bisect_left(self.begins, end)):
-            if self.begins[place] > at:
-                found.append((at, self.begins[place]))
-            at = self.ends[place]
-        return [*found, (at, end)] if at < end else found
+            covered += min(self.ends[place], end) - max(self.begins[place], begin)
+        return end - begin - covered
 
 
 def _is_message(event: dict[str, Any]) -> bool:

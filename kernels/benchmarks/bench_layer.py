@@ -6,7 +6,8 @@ Ours is the mixer of a training step as hola_megatron builds it on this machine 
 it is installed): fused input projection, convolution, state and exact cache, gated norm, output projection; HOLA and
 Gated DeltaNet. Theirs is fla.layers.GatedDeltaNet. bfloat16, whole samples packed into one row as in training.
 Correctness gate first: output and every gradient against the float32 torch backend, theirs with the same weights too;
-nothing is timed where it fails.
+nothing is timed where it fails. A gradient may be further off than the limit where that of the plain bfloat16 layer
+(torch backend) is too, by a quarter at most: the gammas' small sums over all tokens lose digits in any bfloat16.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from hola_megatron.parallel.groups import start, stop
 RECIPE = Path(__file__).parents[2] / "recipes" / "hola_340m.yaml"
 SHAPES = ((16, 2048, 1024, 4, 256), (16, 2048, 2048, 8, 256))
 OUTPUT_LIMIT, GRADIENT_LIMIT = 2e-2, 4e-2
+OF_PLAIN = 1.25  # how much further than the plain layer in bfloat16
 # theirs -> the section of our fused projection or convolution
 PEER_SECTIONS = {"q_proj": "q", "k_proj": "k", "v_proj": "v", "g_proj": "g", "b_proj": "b", "a_proj": "a"}
 
@@ -160,10 +162,12 @@ def gate(shape: Shape, kind: str, device: str, *overrides: str) -> list[str]:
     """Output and gradients of the bf16 layer that are further from float32 than they may be, at 2 x 700 tokens."""
     short = Shape(2, 700, shape.width, shape.heads, shape.head)
     fast = build(short, kind, device, *overrides)
-    slow = _like(fast, short, kind, device)
+    slow, plain = (_like(fast, short, kind, device, precision) for precision in ("fp32", "bf16"))
     x, dy = _inputs(short, device)
+    expected = _results(slow, short, x.float(), dy.float())
+    unavoidable = errors(_results(plain, short, x, dy), expected)
     return [f"{shape}, pattern {kind}: {line}"
-            for line in differences(_results(fast, short, x, dy), _results(slow, short, x.float(), dy.float()))]
+            for line in differences(_results(fast, short, x, dy), expected, unavoidable)]
 
 
 def peer_gate(shape: Shape) -> list[str]:
@@ -179,9 +183,9 @@ def peer_gate(shape: Shape) -> list[str]:
             for line in differences(found, _results(slow, short, x.detach().float(), dy.float()))]
 
 
-def _like(fast: nn.Module, shape: Shape, kind: str, device: str) -> nn.Module:
-    """The plain layer in float32 with the same weights."""
-    slow = build(shape, kind, device, "model.backend=torch", "model.layer_spec=local", "train.precision=fp32")
+def _like(fast: nn.Module, shape: Shape, kind: str, device: str, precision: str = "fp32") -> nn.Module:
+    """The plain layer with the same weights."""
+    slow = build(shape, kind, device, "model.backend=torch", "model.layer_spec=local", f"train.precision={precision}")
     have = dict(fast.named_parameters())
     with torch.no_grad():
         for name, parameter in slow.named_parameters():
@@ -206,15 +210,22 @@ def _results(mixer: nn.Module, shape: Shape, x: Tensor, dy: Tensor) -> dict[str,
     return found
 
 
-def differences(found: dict[str, Tensor], expected: dict[str, Tensor]) -> list[str]:
-    """What lies further apart than it may, by the norm of the difference."""
+def errors(found: dict[str, Tensor], expected: dict[str, Tensor]) -> dict[str, float]:
+    """The norm of each difference over the norm of what is expected; rows behind (padding) are left out."""
+    wide = {name: y.double() for name, y in expected.items()}
+    return {name: float((x[: wide[name].shape[0]].double() - wide[name]).norm() / wide[name].norm().clamp_min(1e-30))
+            for name, x in found.items()}
+
+
+def differences(found: dict[str, Tensor], expected: dict[str, Tensor],
+                unavoidable: dict[str, float] | None = None) -> list[str]:
+    """What lies further apart than it may."""
     wrong = []
-    for name, x in found.items():
-        y = expected[name].double()
-        error = float((x[: y.shape[0]].double() - y).norm() / y.norm().clamp_min(1e-30))
+    for name, error in errors(found, expected).items():
         limit = OUTPUT_LIMIT if name == "output" else GRADIENT_LIMIT
+        limit = max(limit, OF_PLAIN * (unavoidable or {}).get(name, 0.0))
         if not error <= limit:
-            wrong.append(f"{name} {error:.1e}, allowed {limit:.0e}")
+            wrong.append(f"{name} {error:.1e}, allowed {limit:.1e}")
     return wrong
 
 

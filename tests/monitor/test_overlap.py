@@ -37,15 +37,15 @@ def test_the_table_shows_all_ranks_and_the_worst():
     assert "| all-gather: state maps | 1 | 100 | 25 % | 0 % |" in shown
 
 
-def test_a_transfer_is_the_end_that_the_last_rank_sees():
+def test_a_transfer_is_what_the_last_rank_sees_and_hidden_is_what_it_hides():
     """Two messages; the first reaches its last rank 30 late, the second its other rank 10 late."""
     def rank(*messages: tuple[float, float], work: tuple[float, float]) -> list[Overlap]:
         return overlaps([event("walk", *work), *(event("ncclDevKernel_AllGather", *m) for m in messages)], [])
 
     early, late = rank((0, 50), (200, 220), work=(0, 40)), rank((530, 550), (690, 720), work=(480, 545))
-    # the ends [30, 50] and [200, 220] there, [530, 550] and [700, 720] here: of 20 each, 10, none, 15 and none hidden
-    assert transfer([early[0], late[0]]) == (20, 25 / 80)
-    assert "| all-gather | 2 | 30 | 46 % | 30 % | 0.03 | 20 | 31 % |" in table([early, late])
+    # the last rank sees [530, 550] of the first, 15 of 20 hidden, and [200, 220] of the second, none hidden
+    assert transfer([early[0], late[0]]) == (20, 15 / 40)
+    assert "| all-gather | 2 | 30 | 46 % | 30 % | 0.03 | 20 | 38 % |" in table([early, late])
     one_more = rank((0, 50), (200, 220), (300, 310), work=(0, 40))
     assert transfer([early[0], one_more[0]]) is None
     assert "| - | - |" in table([early, one_more])
