@@ -87,16 +87,14 @@ def time_side(side: str, args: argparse.Namespace) -> None:
 
 
 def _ours(recipe: Any, args: argparse.Namespace) -> dict[str, Any]:
-    import torch
-
-    from hola_megatron.model.build import build_model, count_parameters
     from hola_megatron.monitor.profiler import ProfileOptions, profile_recipe
     from hola_megatron.parallel.groups import stop
+    from hola_megatron.plan.parameters import parameters_by_part
 
     options = ProfileOptions(steps=args.steps, warmup=args.warmup, micro_batches=args.micro_batches, parts=False,
                              json_path=args.json)
     numbers = profile_recipe(recipe, options)
-    numbers["parameters"] = count_parameters(build_model(recipe, device=torch.device("meta")))["total"]
+    numbers["parameters"] = parameters_by_part(recipe.model)["total"]
     stop()
     return numbers
 

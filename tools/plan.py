@@ -72,7 +72,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--device", choices=sorted(DEVICES), help="gives the peak, for hours, and the memory")
     parser.add_argument("--peak-tflops", type=float, help="dense bf16 peak of one GPU, where --device knows none")
     parser.add_argument("--mfu", type=float, default=0.44,
-                        help="share of the peak that is reached, for hours (default 0.44: between what recipes reach on H200)")
+                        help="share of the peak that is reached, for hours (default 0.44: see docs/plan.md)")
     parser.add_argument("--json", type=Path, help="write all numbers here")
     parser.add_argument("--table", action="store_true", help="recipes on 8, 64, 512 GPUs of 80 and 141 GB, Markdown")
     return parser.parse_intermixed_args()

@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from hola_kernels import gated_rms_norm, hola_attention, short_conv
+from hola_kernels.gates import decay_and_strength
 from hola_kernels.verify import relative_error
 
 # largest relative error (RMS) of outputs and of gradients: those of the tests, and of bf16's own rounding
@@ -96,12 +97,22 @@ def _norm_inputs() -> dict[str, Tensor]:
             "weight": 1 + torch.randn(64, generator=normal) / 10}
 
 
+def _gate_inputs() -> dict[str, Tensor]:
+    normal = torch.Generator().manual_seed(0)
+    return {"x": torch.randn(130, 8, generator=normal), "A_log": torch.randn(4, generator=normal),
+            "dt_bias": torch.randn(4, generator=normal)}
+
+
+def _gates(**arguments: Tensor) -> Tensor:
+    return torch.cat(decay_and_strength(**arguments, heads=4), -1)
+
+
 def _attention(**arguments: Tensor) -> Tensor:
     return hola_attention(**arguments, block=64, slots=128)
 
 
 OPERATIONS = {"attention": (_attention, _attention_inputs), "convolution": (short_conv, _conv_inputs),
-              "output norm": (gated_rms_norm, _norm_inputs)}
+              "output norm": (gated_rms_norm, _norm_inputs), "gates": (_gates, _gate_inputs)}
 
 
 def collective_check(device: torch.device) -> Check:

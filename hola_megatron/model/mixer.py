@@ -24,6 +24,7 @@ from megatron.core.transformer.spec_utils import build_module
 from torch import Tensor, nn
 
 from hola_kernels import gated_delta_rule, gated_rms_norm, hola_attention, short_conv
+from hola_kernels.gates import decay_and_strength
 from hola_megatron.model.config import HolaTransformerConfig
 from hola_megatron.model.documents import Documents
 from hola_megatron.model.padding import projection_padding
@@ -176,11 +177,8 @@ class DeltaMixer(Mixer):
             projected_BSF, leaving = send_conv_tail(projected_BSF, model.conv_width, sum(self.sections[:3]), over)
         widths = [*self.sections[:4], sum(self.sections[4:])]
         (*qkv, gate, rest), rooms = split_sections(projected_BSF, widths)
-        beta = rest[..., :heads].float().sigmoid()
-        if model.decay:
-            log_decay = -self.A_log.exp() * F.softplus(rest[..., heads: 2 * heads].float() + self.dt_bias)
-        else:
-            log_decay = torch.zeros_like(beta)
+        decay = {"A_log": self.A_log, "dt_bias": self.dt_bias} if model.decay else {}
+        log_decay, beta = decay_and_strength(x=rest, heads=heads, **decay, dx_room=rooms[4], backend=model.backend)
         tails = [None] * 3
         if leaving is not None:
             tails = conv_tail(leaving, model.conv_width, projected_BSF.shape[0], over).split(self.sections[:3], -1)

@@ -28,6 +28,7 @@ FUNCTIONS = (
     ("hola_megatron.model.mixer", "short_conv", "convolution"),
     ("hola_megatron.model.mixer", "conv_tail", "convolution"),
     ("hola_megatron.model.mixer", "send_conv_tail", "convolution"),
+    ("hola_megatron.model.mixer", "decay_and_strength", "gates and layout"),
     ("hola_megatron.model.mixer", "gated_delta_rule", "state"),
     ("hola_megatron.model.mixer", "gated_delta_over_ranks", "state"),
     ("hola_megatron.model.mixer", "start_state_exchange", "state"),

@@ -129,4 +129,6 @@ def _what_went_wrong(code: int | None, said: str, timeout_s: float) -> str:
     named = dict.fromkeys(re.findall(r"^\w+Error: (.+)$", said, re.MULTILINE))  # each once: every rank may say it
     if named:
         return "; ".join(named)[:300]
+    if "Traceback (most recent call last)" in said:  # an error without a message, or of another name
+        return f"ended with code {code}: {said.strip().splitlines()[-1][:300]}"
     return f"ended by {signal.Signals(-code).name}" if code < 0 else f"ended with code {code}"

@@ -161,10 +161,9 @@ def _experts(share: Share) -> list[Term]:
 
 
 def _delta(share: Share, exact_cache: bool) -> list[Term]:
-    """The HOLA or Gated DeltaNet mixer: DeltaMixer.mix, short_conv, hola_attention, gated_rms_norm."""
+    """The HOLA or Gated DeltaNet mixer: in DeltaMixer.mix the gates, short_conv, hola_attention, gated_rms_norm."""
     model, e, tokens, heads = share.recipe.model, share.number, share.tokens, share.heads
     key, value = heads * model.key_dim, heads * model.value_dim
-    gates = (4 if model.decay else 2) + share.interleaved  # beta, log_decay; what softplus and its factor keep
     if share.interleaved:  # the convolutions keep copies, and nothing keeps the projection
         projected = Term("kernels", "inputs of the convolutions", tokens * (2 * key + value) * e)
     else:
@@ -173,7 +172,7 @@ def _delta(share: Share, exact_cache: bool) -> list[Term]:
         projected,
         Term("activations", "input of the output projection", tokens * value * share.product),
         Term("kernels", "q k v after convolution", tokens * (2 * key + value) * e),
-        Term("kernels", "beta and decay", gates * tokens * heads * FLOAT32),
+        Term("kernels", "beta and decay", 2 * tokens * heads * FLOAT32),
         Term("kernels", "tails of the convolutions", share.sequences * (model.conv_width - 1) * (2 * key + value) * e),
         Term("kernels", "chunk scales, U and P",
              share.chunks * heads * (SCALES * CHUNK * FLOAT32 + 2 * CHUNK * CHUNK * e)),

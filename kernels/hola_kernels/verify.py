@@ -21,7 +21,7 @@ from torch import Tensor
 
 from hola_kernels.backend import triton_problem
 
-OPERATIONS = ("gated_delta", "exact_cache", "short_conv", "gated_norm", "swiglu", "cross_entropy")
+OPERATIONS = ("gated_delta", "exact_cache", "short_conv", "gated_norm", "gates", "swiglu", "cross_entropy")
 Case = tuple[str, Callable[[], dict[str, float]]]
 
 

@@ -15,6 +15,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from hola_kernels.triton_sums import sum_parts
+
 Room = Callable[[], Tensor]
 
 PROGRAMS = 1056  # of the backward pass: eight for each of an H200's 132 multiprocessors
@@ -101,7 +103,7 @@ class GatedRmsNorm(torch.autograd.Function):
         _backward_kernel[(programs,)](
             x_MHV, gate_MHV, weight_V, dy_MHV, dx_MHV, dgate_MHV, parts, tokens * heads, heads, *x_MHV.stride()[:2],
             *gate_MHV.stride()[:2], *dy_MHV.stride()[:2], *dgate_MHV.stride()[:2], width, ctx.eps, **tile, num_warps=4)
-        return dx_MHV, dgate_MHV, parts.sum(0).to(weight_V.dtype), None, None
+        return dx_MHV, dgate_MHV, sum_parts(parts, weight_V.dtype), None, None
 
 
 def gated_rms_norm_triton(x: Tensor, gate: Tensor, weight_V: Tensor, eps: float,

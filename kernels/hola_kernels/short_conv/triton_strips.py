@@ -22,9 +22,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from hola_kernels.triton_sums import sum_parts
 from hola_kernels.unit_table import UnitTable, unit_table
 
-TAPS = 4
 STRIP = {"forward": 64, "backward": 128}
 CHANNELS = 128
 
@@ -102,7 +102,7 @@ def _forward_kernel(x_ptr, weight_ptr, tail_ptr, strips_ptr, y_ptr, D, x_stride,
 @triton.jit
 def _backward_kernel(x_ptr, weight_ptr, tail_ptr, dy_ptr, strips_ptr, dx_ptr, dtail_ptr, weight_part_ptr, D, x_stride,
                      dy_stride, dx_stride, BEFORE: tl.constexpr, CHANNELS: tl.constexpr):
-    """dx [M, D], dtail [N, BEFORE, D], weight_part [strips, 4, D] (tap 0: the current token).
+    """dx [M, D], dtail [N, BEFORE, D], weight_part [strips, D, W] as the weight has its taps.
 
     Registers: seven inputs, four dz, three partial dx, four taps and their gradients of [CHANNELS]. With
     tokens i to i + 3 the gradients of inputs i - 3 to i are complete.
@@ -162,11 +162,11 @@ def _backward_kernel(x_ptr, weight_ptr, tail_ptr, dy_ptr, strips_ptr, dx_ptr, dt
         dw2 += g0 * x2 + g1 * x1 + g2 * a0 + g3 * a1
         dw3 += g0 * x3 + g1 * x2 + g2 * x1 + g3 * a0
         x3, x2, x1 = a1, a2, a3
-    part = weight_part_ptr + strip.to(tl.int64) * 4 * D + d
+    part = weight_part_ptr + (strip.to(tl.int64) * D + d) * (BEFORE + 1) + BEFORE
     tl.store(part, dw0, mask=is_channel)
-    tl.store(part + D, dw1, mask=is_channel)
-    tl.store(part + 2 * D, dw2, mask=is_channel)
-    tl.store(part + 3 * D, dw3, mask=is_channel)
+    tl.store(part - 1, dw1, mask=is_channel & (BEFORE >= 1))
+    tl.store(part - 2, dw2, mask=is_channel & (BEFORE >= 2))
+    tl.store(part - 3, dw3, mask=is_channel & (BEFORE >= 3))
 
 
 class ShortConv(torch.autograd.Function):
@@ -195,11 +195,11 @@ class ShortConv(torch.autograd.Function):
         dy_MD = dy_MD if dy_MD.stride(1) == 1 else dy_MD.contiguous()
         dx_MD = _room(ctx.dx_room, x_MD)
         dtail_NJD = torch.zeros_like(tail_NJD)  # documents without tokens have no strip
-        parts = torch.empty(strips.units, TAPS, channels, dtype=torch.float32, device=x_MD.device)
+        parts = torch.empty(strips.units, channels, width, dtype=torch.float32, device=x_MD.device)
         _backward_kernel[(triton.cdiv(channels, CHANNELS), strips.units)](
             x_MD, weight_DW, tail_NJD, dy_MD, strips.table, dx_MD, dtail_NJD, parts, channels, x_MD.stride(0),
             dy_MD.stride(0), dx_MD.stride(0), BEFORE=width - 1, CHANNELS=CHANNELS, num_warps=1)
-        dweight_DW = parts.sum(0)[:width].flip(0).mT.to(weight_DW.dtype)
+        dweight_DW = sum_parts(parts, weight_DW.dtype)
         if dafter_NJD is not None and width > 1:
             source = _source_of_tail(cuts, tail_NJD)
             laid = torch.cat([dx_MD, dtail_NJD.flatten(0, 1).to(dx_MD.dtype)])
