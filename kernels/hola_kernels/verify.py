@@ -3,7 +3,7 @@
 Each operation brings a module `verify_cases` with
     cases() -> [(name, run)]   run() -> {output: relative error}; a NaN is a failure
     limit(name, output)        the largest error that passes
-Words select the cases whose names hold them all. Exit code 1 when any case fails, 2 without a usable GPU.
+Words select the cases whose names hold them all. Exit code 1 when any case fails, 2 without a usable GPU or case.
 """
 
 from __future__ import annotations
@@ -40,8 +40,11 @@ def main(words: list[str]) -> int:
             if all(word in name for word in words):
                 total += 1
                 failed += not _report(name, run, module.limit)
+    if not total:
+        print(f"no case's name holds {' and '.join(words)}", file=sys.stderr)
+        return 2
     print(f"\n{total - failed} of {total} cases pass")
-    return 1 if failed or not total else 0
+    return 1 if failed else 0
 
 
 def case_modules() -> list[ModuleType]:
