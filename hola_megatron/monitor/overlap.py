@@ -6,8 +6,9 @@ work ran on the same GPU; the rest is what the step pays for it.
 
 What of that is the message itself: the rank that arrives last waits for nobody, so the shortest of all ranks' kernels
 of one message is its transfer. Its hidden share is that on this last rank: the others wait for it, whatever they do
-meanwhile, and only what is not hidden there makes the step longer. Ranks' clocks need not agree for it. The kernels
-of a shift wait for neighbours only: its transfer takes at least so long.
+meanwhile. An estimate of what the message itself costs a step, not a bound: who comes last to one message may come
+early to the next. Ranks' clocks need not agree for it. The kernels of a shift wait for neighbours only; it is not
+told for them.
 
 Kernels are told apart by what torch's profiler notes of a collective (its name, elements and dtype), matched with
 the messages that `parallel.collectives.counted` saw; messages of others (gradients, parameters) keep NCCL's name.
@@ -82,9 +83,9 @@ def overlaps(events: Iterable[dict[str, Any]], sent: list[Sent]) -> list[Overlap
 def transfer(ranks: list[Overlap]) -> tuple[float, float] | None:
     """(mean microseconds, hidden share on the last rank) of the transfers of one sort of message, from all ranks' rows.
 
-    None where the ranks did not see equally many: they cannot be told which belong together.
+    None for shifts, and where the ranks did not see equally many: they cannot be told which belong together.
     """
-    if len({row.count for row in ranks}) > 1:
+    if len({row.count for row in ranks}) > 1 or ranks[0].what.startswith("shift"):
         return None
     last = [min(together, key=lambda message: message.length)
             for together in zip(*(row.messages for row in ranks), strict=True)]

@@ -129,6 +129,9 @@ def _what_went_wrong(code: int | None, said: str, timeout_s: float) -> str:
     named = dict.fromkeys(re.findall(r"^\w+Error: (.+)$", said, re.MULTILINE))  # each once: every rank may say it
     if named:
         return "; ".join(named)[:300]
-    if "Traceback (most recent call last)" in said:  # an error without a message, or of another name
-        return f"ended with code {code}: {said.strip().splitlines()[-1][:300]}"
-    return f"ended by {signal.Signals(-code).name}" if code < 0 else f"ended with code {code}"
+    if code < 0:
+        return f"ended by {signal.Signals(-code).name}"
+    # an error without a message, or of another name: the first line behind a traceback that is not part of it
+    _, found, last = said.rpartition("Traceback (most recent call last):\n")
+    lines = [line for line in last.splitlines() if line and not line.startswith(" ")] if found else []
+    return f"ended with code {code}" + (f": {lines[0][:300]}" if lines else "")

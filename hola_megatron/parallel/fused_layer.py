@@ -45,7 +45,7 @@ from hola_kernels.exact_cache.triton_split_read import (
     launch_read_rest,
 )
 from hola_kernels.gated_delta.triton_pieces import Begun, asked, begin, finish, leaving_map
-from hola_kernels.gated_delta.triton_rule import gradients_of_chunks, walk_back
+from hola_kernels.gated_delta.triton_rule import gradients_of_chunks, walk_back, will_train
 from hola_kernels.segments import dense_cu_seqlens
 from hola_kernels.triton_attention import _rank
 from hola_megatron.parallel.collectives import Pending, gather, start_reduce_scatter, start_shift
@@ -103,7 +103,8 @@ def hola_layer(*, q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, beta: Tens
                choices: Choices) -> Tensor:
     """o [N, T, H, V]; arguments as in `hola_attention`. Raises KernelError where a block could span three ranks."""
     check_part(part, choices.block)
-    return HolaLayer.apply(q, k, v, log_decay, beta, gamma_q, gamma_k, gate, sink, started, part, group, choices)
+    tensors = (q, k, v, log_decay, beta, gamma_q, gamma_k, gate, sink)
+    return HolaLayer.apply(*tensors, started, part, group, choices, will_train(*tensors))
 
 
 class HolaLayer(torch.autograd.Function):
@@ -112,7 +113,7 @@ class HolaLayer(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, beta: Tensor, gamma_q: Tensor,
                 gamma_k: Tensor, gate: Tensor, sink: Tensor | None, started: Started, part: Part,
-                group: dist.ProcessGroup, choices: Choices) -> Tensor:
+                group: dist.ProcessGroup, choices: Choices, train: bool) -> Tensor:
         stream, shape = Stream(part, q.shape[0], choices.block, choices.slots), v.shape
         q, k, v, log_decay, beta = (x.flatten(0, 1).contiguous() for x in (q, k, v, log_decay, beta))
         mean, blocks = norm_mean(choices.read_norm, q.shape[2]), stream.blocks(q.device)
@@ -127,7 +128,7 @@ class HolaLayer(torch.autograd.Function):
         maps = started.maps.wait()
         state = fold_left(maps, part)
         state = F.pad(state, (0, 0, 0, 0, 0, 0, 0, stream.documents - state.shape[0]))
-        o_state, square, kept = finish(q, k, v, started.begun, state)
+        o_state, square, kept = finish(q, k, v, started.begun, state, train)
         score_SH = _with_open_block(stream, k, v, _rank(choices.score, square, v, beta), read, under_open, group)
         crossed = _exchange_candidates(stream, read, score_SH, under_shards, group)
         slots_UHw = select_slots(score_MH=score_SH, plan=blocks.plan, slots=choices.slots, **crossed.incoming)
@@ -165,7 +166,7 @@ class HolaLayer(torch.autograd.Function):
                 x[:, x.shape[1] - more.shape[1]:] += more
         dgamma_q, dgamma_k, dsink, dgate = rest
         return (dq, dk, dv, _rows(stream, dlog_decay), _rows(stream, dbeta), dgamma_q, dgamma_k, dgate, dsink,
-                None, None, None, None)
+                None, None, None, None, None)
 
 
 def _rows(stream: Stream, x: Tensor) -> Tensor:

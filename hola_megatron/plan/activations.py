@@ -246,7 +246,12 @@ def layer_workspace(share: Share, kind: str) -> float:
         return stream + max(mlp, 6 * tokens * width // share.recipe.parallel.tensor * e)
     key, value = heads * model.key_dim, heads * model.value_dim
     states = 2 * share.chunks * heads * model.key_dim * model.value_dim * e - share.kept_states  # S and dS of chunks
-    rule = (states + tokens * (2 * key + (3 if kind == "H" else 4) * value) * e  # dq dk; dr (dv in its place) e do
+    keys, values = 2, 4 - (share.kept_states > 0)  # dq dk; dv dr do, and e unless it was kept
+    if kind == "H" and share.recipe.parallel.context == 1:
+        values -= 1  # dv lies in dr's place
+    elif kind == "H":
+        keys, values = keys + 2, values + 1  # the read's dq dk dv wait for the state's
+    rule = (states + tokens * (keys * key + values * value) * e
             + share.chunks * heads * (3 * CHUNK * CHUNK * e + 4 * CHUNK * FLOAT32))
     units = share.sequences * math.ceil(share.longest / model.cache.block)
     tiles = math.ceil(model.cache.slots / 64) + math.ceil(model.cache.block / 64)

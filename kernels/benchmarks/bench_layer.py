@@ -7,7 +7,8 @@ it is installed): fused input projection, convolution, state and exact cache, ga
 Gated DeltaNet. Theirs is fla.layers.GatedDeltaNet. bfloat16, whole samples packed into one row as in training.
 Correctness gate first: output and every gradient against the float32 torch backend, theirs with the same weights too;
 nothing is timed where it fails. A gradient may be further off than the limit where that of the plain bfloat16 layer
-(torch backend) is too, by a quarter at most: the gammas' small sums over all tokens lose digits in any bfloat16.
+(torch backend) is too, by a quarter at most and never by twice: the gammas' small sums over all tokens lose digits in
+any bfloat16.
 """
 
 from __future__ import annotations
@@ -223,7 +224,7 @@ def differences(found: dict[str, Tensor], expected: dict[str, Tensor],
     wrong = []
     for name, error in errors(found, expected).items():
         limit = OUTPUT_LIMIT if name == "output" else GRADIENT_LIMIT
-        limit = max(limit, OF_PLAIN * (unavoidable or {}).get(name, 0.0))
+        limit = max(limit, min(OF_PLAIN * (unavoidable or {}).get(name, 0.0), 2 * limit))
         if not error <= limit:
             wrong.append(f"{name} {error:.1e}, allowed {limit:.1e}")
     return wrong

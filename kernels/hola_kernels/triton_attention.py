@@ -19,7 +19,7 @@ from hola_kernels.exact_cache.triton_read import Blocks, exact_read_backward, no
 from hola_kernels.exact_cache.triton_select import select_slots
 from hola_kernels.gated_delta.triton_layout import Layout
 from hola_kernels.gated_delta.triton_prepare import ReadNorm
-from hola_kernels.gated_delta.triton_rule import layout_for, rule_backward, rule_forward
+from hola_kernels.gated_delta.triton_rule import layout_for, rule_backward, rule_forward, will_train
 
 
 def hola_attention_triton(*, q_MHK: Tensor, k_MHK: Tensor, v_MHV: Tensor, log_decay_MH: Tensor, beta_MH: Tensor,
@@ -32,8 +32,9 @@ def hola_attention_triton(*, q_MHK: Tensor, k_MHK: Tensor, v_MHV: Tensor, log_de
     """
     layout = layout_for(k_MHK, v_MHV, cu_seqlens)
     blocks = Blocks.cut(cuts, q_MHK.shape[0], block=block, slots=slots, dense=dense)
-    return _HolaAttention.apply(q_MHK, k_MHK, v_MHV, log_decay_MH, beta_MH, gamma_q, gamma_k, gate_H, sink_H, layout,
-                                blocks, score, norm_mean(read_norm, k_MHK.shape[-1]))
+    tensors = (q_MHK, k_MHK, v_MHV, log_decay_MH, beta_MH, gamma_q, gamma_k, gate_H, sink_H)
+    return _HolaAttention.apply(*tensors, layout, blocks, score, norm_mean(read_norm, k_MHK.shape[-1]),
+                                will_train(*tensors))
 
 
 class _HolaAttention(torch.autograd.Function):
@@ -43,11 +44,11 @@ class _HolaAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, beta: Tensor, gamma_q: Tensor,
                 gamma_k: Tensor, gate: Tensor, sink: Tensor | None, layout: Layout, blocks: Blocks, score: str,
-                mean: float) -> Tensor:
+                mean: float, train: bool) -> Tensor:
         q, k, v, log_decay, beta = (x.contiguous() for x in (q, k, v, log_decay, beta))
         key_norm = k.new_empty(k.shape[:2], dtype=torch.float32)
         o_state, square, _, kept = rule_forward(q, k, v, log_decay, beta, None, layout,
-                                                train=any(ctx.needs_input_grad), read_norm=ReadNorm(key_norm, mean))
+                                                train=train, read_norm=ReadNorm(key_norm, mean))
         slots_UHw = select_slots(score_MH=_rank(score, square, v, beta), plan=blocks.plan, slots=blocks.slots)
         y, o_cache, lse, query_norm = launch_read_forward(
             q_MHK=q, k_RHK=k, v_RHV=v, key_norm_RH=key_norm, gamma_q=gamma_q, gamma_k=gamma_k, sink_H=sink,
@@ -69,7 +70,7 @@ class _HolaAttention(torch.autograd.Function):
             q=q, k=k, v=v, gamma_q=gamma_q, gamma_k=gamma_k, sink=sink, gate=gate, key_norm=key_norm,
             o_cache=o_cache, lse=lse, query_norm=query_norm, slots_UHw=slots_UHw, blocks=ctx.blocks, mean=ctx.mean,
             dy=dy, into=(dq, dk, dr), beta=beta)
-        return dq, dk, dv, dlog_decay, dbeta, dgamma_q, dgamma_k, dgate, dsink, None, None, None, None
+        return dq, dk, dv, dlog_decay, dbeta, dgamma_q, dgamma_k, dgate, dsink, None, None, None, None, None
 
 
 def _rank(score: str, square_MHT: Tensor, v_MHV: Tensor, beta_MH: Tensor) -> Tensor:

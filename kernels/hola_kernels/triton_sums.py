@@ -30,7 +30,7 @@ def _sum_kernel(part_ptr, out_ptr, parts, N, ROWS: tl.constexpr, COLUMNS: tl.con
 
 
 def sum_parts(parts: Tensor, dtype: torch.dtype) -> Tensor:
-    """Contiguous float32 [parts, ...], at least one -> their sum [...] in float32, then in dtype."""
+    """Contiguous float32 [parts, ...] -> their sum [...] in float32, then in dtype."""
     out = torch.empty(parts.shape[1:], dtype=dtype, device=parts.device)
     columns = min(MOST, max(LEAST, triton.next_power_of_2(triton.cdiv(out.numel(), PROGRAMS))))
     _sum_kernel[(triton.cdiv(out.numel(), columns),)](

@@ -43,3 +43,21 @@ else:
         want, have = gradients(expected, keep), gradients(found, {n: narrow[n] for n in keep})
         errors = {n: relative_error(have[n], want[n]) for n in want if want[n].norm() > 0}
         assert max(errors.values()) < 1e-4, errors
+
+    def test_half_precision_keeps_states_for_a_backward_pass_and_only_for_one(monkeypatch):
+        from hola_kernels.gated_delta import triton_rule
+
+        kept, walk = [], triton_rule.walk_forward
+        monkeypatch.setattr(triton_rule, "walk_forward", lambda **x: kept.append(x["keep_states"]) or walk(**x))
+        narrow = make_inputs(1, 80, heads=1, key=64, value=64, dtype=torch.float16)
+        exact = {n: x.detach().double().requires_grad_() for n, x in narrow.items()}
+        shared = {"block": 32, "slots": 8, "cu_seqlens": torch.tensor([0, 30, 80], dtype=torch.int32)}
+        with torch.no_grad():
+            hola_attention(**narrow, backend="triton", **shared)
+        found = hola_attention(**narrow, backend="triton", **shared)
+        assert kept == [False, True]
+        expected = hola_attention(**exact, backend="torch", **shared)
+        assert relative_error(found, expected) < 2e-3
+        want, have = gradients(expected, exact), gradients(found, narrow)
+        errors = {n: relative_error(have[n], want[n]) for n in want if want[n].norm() > 0}
+        assert max(errors.values()) < 5e-3, errors

@@ -143,6 +143,10 @@ if kind == "memory":
     sys.exit(1)
 if kind == "raises":
     raise SystemExit(7)
+if kind == "asserts":
+    import atexit
+    atexit.register(print, "a later word", file=sys.stderr)
+    assert False
 open(out, "w").write(json.dumps({"tokens_per_second_per_rank": 1310000, "ms_per_step": 12.0, "mfu": 0.4, "hfu": 0.5,
                                  "memory_gb": 61.0, "first_step_s": 3.0}))
 """
@@ -152,15 +156,15 @@ def test_whatever_happens_to_a_combination_is_its_row(tmp_path):
     program = tmp_path / "fake.py"
     program.write_text(FAKE)
     said = []
-    kinds = ["works", "memory", "refused", "killed", "raises", "hangs"]
+    kinds = ["works", "memory", "refused", "killed", "raises", "asserts", "hangs"]
     rows = run_sweep(program, [], combinations([f"kind={','.join(kinds)}"]), ranks=1, timeout_s=3, say=said.append)
     assert [row.problem for row in rows] == [
         None, "out of memory", "model.heads: 4 is not a multiple of 3", "ended by SIGKILL", "ended with code 7",
-        "no end within 3 s"]
+        "ended with code 1: AssertionError", "no end within 3 s"]
     text = sweep_table(rows).splitlines()
     assert text[2] == "| works | 1.31M | 12.0 | 40.0 | 50.0 | 61.0 | 3.0 |  |"
     assert text[3] == "| memory | - | - | - | - | - | - | out of memory |"
-    assert len(text) == 8 and len(said) == 6
+    assert len(text) == 9 and len(said) == 7
 
 
 @pytest.mark.distributed

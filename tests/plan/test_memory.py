@@ -131,6 +131,14 @@ def test_float32_has_no_second_copy_of_the_weights():
     assert wide["optimizer"] == pytest.approx(narrow["optimizer"] * 2 / 3, rel=1e-3)
 
 
+def test_states_are_kept_where_the_kernels_keep_them():
+    from hola_kernels.triton_config import keeps_states
+    from hola_megatron.plan.activations import KEPT_WIDTH, KERNEL_WIDTHS
+
+    assert [keeps_states(w, w, 2) for w in KERNEL_WIDTHS] == [w <= KEPT_WIDTH for w in KERNEL_WIDTHS]
+    assert not any(keeps_states(w, w, 4) for w in KERNEL_WIDTHS)
+
+
 def test_a_long_sequence_is_split_where_the_kernels_split_it():
     pytest.importorskip("triton")
     from hola_kernels.gated_delta import triton_split

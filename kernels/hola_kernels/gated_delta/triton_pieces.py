@@ -58,9 +58,10 @@ def leaving_map(k: Tensor, v: Tensor, begun: Begun) -> Tensor:
     return compose(maps.unflatten(0, (layout.segment_count if begun.alike else 1, -1)))
 
 
-def finish(q: Tensor, k: Tensor, v: Tensor, begun: Begun, state: Tensor) -> tuple[Tensor, Tensor, Sequence[Tensor]]:
+def finish(q: Tensor, k: Tensor, v: Tensor, begun: Begun, state: Tensor,
+           train: bool) -> tuple[Tensor, Tensor, Sequence[Tensor]]:
     """(o, |write|^2 over each tile of V, what the backward keeps) from the states entering [N, H, K, V]."""
-    o, square, _, kept = finish_rule(q, k, v, begun.factors, state, begun.layout, train=True)
+    o, square, _, kept = finish_rule(q, k, v, begun.factors, state, begun.layout, train)
     return o, square, kept
 
 

@@ -48,7 +48,15 @@ def gated_delta_triton(q_MHK: Tensor, k_MHK: Tensor, v_MHV: Tensor, log_decay_MH
     """
     layout = layout_for(k_MHK, v_MHV, cu_seqlens, chunks_a_span)
     state = None if state_NHKV is None else state_NHKV.float()
-    return _GatedDelta.apply(q_MHK, k_MHK, v_MHV, log_decay_MH, beta_MH, state, layout)
+    tensors = (q_MHK, k_MHK, v_MHV, log_decay_MH, beta_MH, state)
+    return _GatedDelta.apply(*tensors, layout, will_train(*tensors))
+
+
+def will_train(*tensors: Tensor | None) -> bool:
+    """Whether a backward pass can come. Asked outside of an autograd function: inside, grad mode is always off, and a
+    function's needs_input_grad knows parameters only.
+    """
+    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
 
 
 def layout_for(k_MHK: Tensor, v_MHV: Tensor, cu_seqlens: Tensor, chunks_a_span: int | None = None) -> Layout:
@@ -65,10 +73,10 @@ class _GatedDelta(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, beta: Tensor, state: Tensor | None,
-                layout: Layout) -> tuple[Tensor, Tensor, Tensor]:
+                layout: Layout, train: bool) -> tuple[Tensor, Tensor, Tensor]:
         q, k, v, log_decay, beta = (x.contiguous() for x in (q, k, v, log_decay, beta))
         o, square, last, kept = rule_forward(q, k, v, log_decay, beta, state, layout,
-                                             train=any(ctx.needs_input_grad))
+                                             train=train)
         score = square.sum(-1).sqrt_()
         ctx.save_for_backward(q, k, v, log_decay, beta, *kept)
         ctx.layout = layout
@@ -81,7 +89,7 @@ class _GatedDelta(torch.autograd.Function):
         q, k, v, log_decay, beta, *kept = ctx.saved_tensors
         do = torch.zeros_like(v) if do is None else do.contiguous()
         *gradients, dstate = rule_backward(q, k, v, log_decay, beta, kept, ctx.layout, do, dlast)
-        return *gradients, dstate if ctx.needs_input_grad[5] else None, None
+        return *gradients, dstate if ctx.needs_input_grad[5] else None, None, None
 
 
 def rule_forward(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, beta: Tensor, state: Tensor | None,

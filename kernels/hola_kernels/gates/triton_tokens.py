@@ -17,6 +17,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from hola_kernels.triton_sums import sum_parts
 
@@ -135,11 +136,13 @@ class DecayAndStrength(torch.autograd.Function):
         return log_decay, beta
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, dlog_decay: Tensor | None, dbeta: Tensor | None) -> tuple[Tensor | None, ...]:
         log_decay, beta, A_log_H = ctx.saved_tensors
         decay, (rows, tokens, width), heads = A_log_H is not None, ctx.like.shape, beta.shape[-1]
         dlog_decay, dbeta = _given(dlog_decay, log_decay) if decay else None, _given(dbeta, beta)
-        dx_NTW = _dx(ctx.dx_room, ctx.like, beta.device)
+        wanted = ctx.needs_input_grad[0]  # else nobody would take the room back
+        dx_NTW = _dx(ctx.dx_room if wanted else None, ctx.like, beta.device)
         tile = _tile(heads)
         programs = min(triton.cdiv(rows * tokens, tile["TOKENS"]), PROGRAMS)
         parts = beta.new_empty(programs, 2, heads) if decay else None
@@ -147,9 +150,9 @@ class DecayAndStrength(torch.autograd.Function):
             log_decay, beta, dlog_decay, dbeta, A_log_H, dx_NTW, parts, rows * tokens, tokens, *dx_NTW.stride()[:2],
             H=heads, W=width, DECAY=decay, SPARE=triton.next_power_of_2(width), **tile, num_warps=4)
         if not decay:
-            return dx_NTW, None, None, None, None
+            return dx_NTW if wanted else None, None, None, None, None
         dA_log, ddt_bias = sum_parts(parts, torch.float32)
-        return dx_NTW, None, dA_log.to(A_log_H.dtype), ddt_bias.to(ctx.bias_dtype), None
+        return dx_NTW if wanted else None, None, dA_log.to(A_log_H.dtype), ddt_bias.to(ctx.bias_dtype), None
 
 
 def decay_and_strength_triton(x: Tensor, heads: int, A_log_H: Tensor | None, dt_bias_H: Tensor | None,
