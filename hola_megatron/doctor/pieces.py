@@ -24,11 +24,11 @@ def who_provides(facts: Facts) -> dict[str, str]:
 
     shape = ModelConfig(layers=1, hidden_size=8, heads=1, key_dim=8, value_dim=8, mlp_hidden_size=8, vocab_size=8)
     spec, why = choose_spec(shape)
-    names = {"te": "Transformer Engine", "local": "Megatron's own, and torch's norms"}
+    names = {"te": "Transformer Engine", "local": "Megatron's own"}
     device = "cuda" if facts.devices else "cpu"
     kernels, reason = auto_backend(device)
     triton = triton_problem(device)
-    return {"linears, norms": f"{names[spec]} ({why})", "loss": _loss(spec), "Adam": use_group_step_adam(),
+    return {"linears": f"{names[spec]} ({why})", "loss": _loss(spec), "Adam": use_group_step_adam(),
             "HOLA kernels": f"{kernels} ({reason})" + (f"; triton: {triton}" if triton and triton != reason else ""),
             "softmax attn": "torch's scaled_dot_product_attention", "apex modules": _apex(facts)}
 

@@ -22,7 +22,7 @@ from torch import nn
 from hola_megatron.model.activation import SwiGLU
 from hola_megatron.model.config import HolaTransformerConfig, choose_spec
 from hola_megatron.model.mixer import AttentionMixer, DeltaMixer, MixerSubmodules
-from hola_megatron.model.norm import RMSNorm
+from hola_megatron.model.norm import RMSNorm, RMSNormWithResidual
 
 
 def block_spec(config: HolaTransformerConfig, pipeline_rank: int, vp_stage: int | None) -> TransformerBlockSubmodules:
@@ -33,7 +33,7 @@ def block_spec(config: HolaTransformerConfig, pipeline_rank: int, vp_stage: int 
     letters = config.recipe_model.layer_kinds[first: first + count]
     experts = config.recipe_model.moe.experts
     return TransformerBlockSubmodules(
-        layer_specs=[layer_spec(letter, kind, experts) for letter in letters], layer_norm=_norm(kind))
+        layer_specs=[layer_spec(letter, kind, experts) for letter in letters], layer_norm=RMSNorm)
 
 
 def layer_spec(letter: str, kind: str = "local", experts: int | None = None) -> ModuleSpec:
@@ -43,11 +43,11 @@ def layer_spec(letter: str, kind: str = "local", experts: int | None = None) -> 
               "A": (AttentionMixer, {})}
     module, params = mixers[letter]
     return ModuleSpec(module=TransformerLayer, submodules=TransformerLayerSubmodules(
-        input_layernorm=_norm(kind),
+        input_layernorm=RMSNormWithResidual,
         self_attention=ModuleSpec(module=module, params=params,
                                   submodules=MixerSubmodules(in_proj=column, out_proj=row)),
         self_attn_bda=get_bias_dropout_add,
-        pre_mlp_layernorm=_norm(kind),
+        pre_mlp_layernorm=RMSNormWithResidual,
         mlp=_experts(kind, experts) if experts else partial(
             MLP.as_mlp_submodule,
             submodules=MLPSubmodules(linear_fc1=column, linear_fc2=row, activation_func=SwiGLU)),
@@ -72,11 +72,3 @@ def _linears(kind: str) -> tuple[type, type]:
     from megatron.core.extensions.transformer_engine import TEColumnParallelLinear, TERowParallelLinear
 
     return TEColumnParallelLinear, TERowParallelLinear
-
-
-def _norm(kind: str) -> type:
-    if kind == "local":
-        return RMSNorm
-    from megatron.core.extensions.transformer_engine import TENorm
-
-    return TENorm

@@ -172,35 +172,27 @@ class DeltaMixer(Mixer):
         """q, k, v, log_decay and beta of every token, the output gate [B, S, H, V] and the room for its gradient, and
         the states' exchange if any."""
         model, heads = self.model, self.model.heads // self.tp_size
-        leaving = None
+        convolved, leaving = sum(self.sections[:3]), None
         if over is not None:  # under way while the decays are computed
-            projected_BSF, leaving = send_conv_tail(projected_BSF, model.conv_width, sum(self.sections[:3]), over)
-        widths = [*self.sections[:4], sum(self.sections[4:])]
-        (*qkv, gate, rest), rooms = split_sections(projected_BSF, widths)
+            projected_BSF, leaving = send_conv_tail(projected_BSF, model.conv_width, convolved, over)
+        widths = [convolved, self.sections[3], sum(self.sections[4:])]
+        (qkv, gate, rest), (qkv_room, gate_room, rest_room) = split_sections(projected_BSF, widths)
         decay = {"A_log": self.A_log, "dt_bias": self.dt_bias} if model.decay else {}
-        log_decay, beta = decay_and_strength(x=rest, heads=heads, **decay, dx_room=rooms[4], backend=model.backend)
-        tails = [None] * 3
+        log_decay, beta = decay_and_strength(x=rest, heads=heads, **decay, dx_room=rest_room, backend=model.backend)
+        before = None
         if leaving is not None:
-            tails = conv_tail(leaving, model.conv_width, projected_BSF.shape[0], over).split(self.sections[:3], -1)
-        # one convolution a section, so that each of q, k, v comes out in one piece of memory
-        weights = self.conv_weight.split(self.sections[:3])
-        inputs = list(zip(qkv, weights, tails, strict=True))
-
-        def convolved(section: int, width: int) -> Tensor:
-            x, weight, before = inputs[section]
-            y = short_conv(x=x, weight=weight, cu_seqlens=cuts, tail=before, dx_room=rooms[section],
-                           backend=model.backend)
-            return self._split_heads(y, width)
-
-        widths = {"q": model.key_dim, "k": model.key_dim, "v": model.value_dim}
-        tokens = {name: convolved(section, width) for section, (name, width) in enumerate(widths.items())}
+            before = conv_tail(leaving, model.conv_width, projected_BSF.shape[0], over)
+        qkv = short_conv(x=qkv, weight=self.conv_weight, cu_seqlens=cuts, tail=before, dx_room=qkv_room,
+                         widths=tuple(self.sections[:3]), backend=model.backend)
+        dims = {"q": model.key_dim, "k": model.key_dim, "v": model.value_dim}
+        tokens = {name: self._split_heads(x, dim) for x, (name, dim) in zip(qkv, dims.items(), strict=True)}
         tokens |= {"log_decay": log_decay, "beta": beta}
         maps = None
         if over is not None:
             maps = start_state_exchange(**tokens, over=over, backend=model.backend,
                                         score=model.cache.score if self.exact_cache else None)
         return (tokens, self._split_heads(gate, model.value_dim),
-                lambda: self._split_heads(rooms[3](), model.value_dim), maps)
+                lambda: self._split_heads(gate_room(), model.value_dim), maps)
 
     def cache_arguments(self) -> dict[str, Any]:
         """The exact cache's parameters and choices, as hola_attention takes them."""

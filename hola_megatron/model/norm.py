@@ -5,9 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
+
+from hola_kernels.rms_norm import rms_norm, rms_norm_with_residual
+from hola_megatron.model.config import HolaTransformerConfig
 
 
 class RMSNorm(nn.Module):
@@ -17,12 +18,19 @@ class RMSNorm(nn.Module):
     Megatron add the weight's gradients up over tensor ranks.
     """
 
-    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_: Any):
+    def __init__(self, config: HolaTransformerConfig, hidden_size: int, eps: float = 1e-5, **_: Any):
         super().__init__()
         device = None if config.use_cpu_initialization else torch.cuda.current_device()
         self.weight = nn.Parameter(torch.empty(hidden_size, dtype=config.params_dtype, device=device))
         self.weight.sequence_parallel = config.sequence_parallel
-        self.eps = eps
+        self.eps, self.backend = eps, config.recipe_model.backend
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+        return rms_norm(x=x, weight=self.weight, eps=self.eps, backend=self.backend)
+
+
+class RMSNormWithResidual(RMSNorm):
+    """Returns (normed, x): Megatron's layer takes the second as its residual, whose gradient the norm then adds."""
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return rms_norm_with_residual(x=x, weight=self.weight, eps=self.eps, backend=self.backend)

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import math
 from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
@@ -114,6 +115,15 @@ def _share(work: list[Work], begin: float, end: float) -> tuple[dict[str, float]
         before = at
     times[IDLE] += 0.0
     return dict(times), hidden
+
+
+def covered(spans: list[tuple[float, float]]) -> float:
+    """How much of the line the (start, end) cover together."""
+    total, reached = 0.0, -math.inf
+    for start, end in sorted(spans):
+        total += max(end - max(start, reached), 0.0)
+        reached = max(reached, end)
+    return total
 
 
 class _Threads:

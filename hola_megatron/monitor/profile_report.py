@@ -41,6 +41,9 @@ def _share(n: dict[str, Any]) -> list[str]:
     lines = table(("part of a step, rank 0", "ms", "%"), rows)
     if n["hidden_communication_ms"]:
         lines += ["", f"Besides, {n['hidden_communication_ms']:.2f} ms of communication behind other work."]
+    if "stretched" in n:
+        lines += ["", f"Without the profiler the device's work took {n['stretched']:.3f} times as long as with it: the "
+                  "parts are without, the list below is with it."]
     if "data_wait_ms" not in n:
         lines += ["", "Data wait: not measured (synthetic tokens; --data reads the recipe's)."]
     return lines

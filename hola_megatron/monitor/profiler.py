@@ -26,7 +26,7 @@ from hola_megatron.model.flops import executed_flops_per_token, flops_per_token,
 from hola_megatron.monitor.console import code_version, device_name, memory_gb
 from hola_megatron.monitor.memory_phases import MemoryPhases
 from hola_megatron.monitor.part_ranges import STEP, named_parts
-from hola_megatron.monitor.part_times import IDLE, PartTimes, Work, part_times, read_trace
+from hola_megatron.monitor.part_times import IDLE, PartTimes, Work, covered, part_times, read_trace
 from hola_megatron.monitor.profile_report import report
 from hola_megatron.parallel.groups import Layout, start
 
@@ -95,7 +95,8 @@ def _measure(recipe: Recipe, layout: Layout, peak: float | None, options: Profil
         engine.train_step(feed(), recipe.train.learning_rate)
     numbers["memory"] = _most_over_ranks(memory.bytes, layout)
     if options.parts:
-        numbers |= _parts(_trace_one_step(engine, feed, recipe, options), numbers, on_gpu=memory.measured)
+        busy = _busy_share(engine, feed, recipe) if memory.measured else None
+        numbers |= _parts(_trace_one_step(engine, feed, recipe, options), numbers, busy)
     return numbers
 
 
@@ -192,6 +193,26 @@ def _most_over_ranks(values: dict[str, int], layout: Layout) -> dict[str, float]
     return {name: value / 1e9 for name, value in zip(values, most.tolist(), strict=True)}
 
 
+def _busy_share(engine: Any, feed: Feed, recipe: Recipe) -> float:
+    """Share of a step in which this rank's device does something, by a trace of the device alone.
+
+    The full profiler slows launching, and a GPU at its power limit uses the pauses: its kernels run faster than they do
+    in training. Tracing nothing but the device changes neither.
+    """
+    from torch.autograd import DeviceType
+    from torch.profiler import ProfilerActivity, profile
+
+    batches = feed()
+    engine.train_step(batches, recipe.train.learning_rate)  # as warm as in training
+    with profile(activities=[ProfilerActivity.CUDA]) as profiler:
+        began = time.perf_counter()
+        engine.train_step(batches, recipe.train.learning_rate)
+        _sync(engine.layout)
+        whole = 1e6 * (time.perf_counter() - began)
+    spans = [(e.time_range.start, e.time_range.end) for e in profiler.events() if e.device_type == DeviceType.CUDA]
+    return min(covered(spans) / whole, 1.0)
+
+
 def _trace_one_step(engine: Any, feed: Feed, recipe: Recipe, options: ProfileOptions) -> PartTimes | None:
     """One step under the profiler, on all ranks alike; rank 0 reads its trace."""
     from torch.profiler import ProfilerActivity, profile, record_function
@@ -209,17 +230,21 @@ def _trace_one_step(engine: Any, feed: Feed, recipe: Recipe, options: ProfileOpt
         return part_times(read_trace(path))
 
 
-def _parts(times: PartTimes | None, numbers: dict[str, Any], *, on_gpu: bool) -> dict[str, Any]:
-    """Milliseconds by part. On a GPU idle is measured without the profiler, which makes launching slower."""
+def _parts(times: PartTimes | None, numbers: dict[str, Any], busy: float | None) -> dict[str, Any]:
+    """Milliseconds by part. busy: of a step without the full profiler; None: what that saw is what there is."""
     if times is None:
         return {}
     share, waiting = dict(times.parts), numbers.get("data_wait_ms")
-    if on_gpu:
-        share[IDLE] = max(numbers["ms_per_step"] - times.busy - (waiting or 0.0), 0.0)
+    found = {"hidden_communication_ms": times.hidden_communication, "profiled_step_ms": times.step,
+             "kernels": _top(times.work)}
+    if busy is not None:
+        working = busy * (numbers["ms_per_step"] - (waiting or 0.0))
+        found["stretched"] = working / times.busy
+        share = {part: time * found["stretched"] for part, time in share.items()}
+        share[IDLE] = numbers["ms_per_step"] - (waiting or 0.0) - working
     if waiting is not None:
         share["data wait"] = waiting
-    return {"share": share, "hidden_communication_ms": times.hidden_communication, "profiled_step_ms": times.step,
-            "kernels": _top(times.work)}
+    return found | {"share": share}
 
 
 def _top(work: list[Work]) -> list[dict[str, Any]]:

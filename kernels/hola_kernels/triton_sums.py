@@ -12,6 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from hola_kernels.integers import cdiv, next_power_of_2
+
 PROGRAMS = 264  # wanted: two for each of an H200's 132 multiprocessors
 NUMBERS = 4096  # of a tile, 128 threads: 32 loads under way in each
 LEAST, MOST = 8, 32  # columns: a sector of memory, a whole line
@@ -32,7 +34,7 @@ def _sum_kernel(part_ptr, out_ptr, parts, N, ROWS: tl.constexpr, COLUMNS: tl.con
 def sum_parts(parts: Tensor, dtype: torch.dtype) -> Tensor:
     """Contiguous float32 [parts, ...] -> their sum [...] in float32, then in dtype."""
     out = torch.empty(parts.shape[1:], dtype=dtype, device=parts.device)
-    columns = min(MOST, max(LEAST, triton.next_power_of_2(triton.cdiv(out.numel(), PROGRAMS))))
-    _sum_kernel[(triton.cdiv(out.numel(), columns),)](
+    columns = min(MOST, max(LEAST, next_power_of_2(cdiv(out.numel(), PROGRAMS))))
+    _sum_kernel[(cdiv(out.numel(), columns),)](
         parts, out, parts.shape[0], out.numel(), ROWS=NUMBERS // columns, COLUMNS=columns, num_warps=4)
     return out

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from hola_kernels.backend import triton_problem
 
-OPERATIONS = ("gated_delta", "exact_cache", "short_conv", "gated_norm", "gates", "swiglu", "cross_entropy")
+OPERATIONS = ("gated_delta", "exact_cache", "short_conv", "gated_norm", "gates", "rms_norm", "swiglu", "cross_entropy")
 Case = tuple[str, Callable[[], dict[str, float]]]
 
 
@@ -48,8 +48,8 @@ def main(words: list[str]) -> int:
 
 
 def case_modules() -> list[ModuleType]:
-    """The verify_cases modules that exist."""
-    names = [f"hola_kernels.{operation}.verify_cases" for operation in OPERATIONS]
+    """The verify_cases modules that exist; the first is that of the whole hola_attention."""
+    names = ["hola_kernels.verify_cases", *(f"hola_kernels.{operation}.verify_cases" for operation in OPERATIONS)]
     return [importlib.import_module(name) for name in names if importlib.util.find_spec(name)]
 
 

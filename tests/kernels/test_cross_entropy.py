@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -96,12 +94,8 @@ if not INTERPRETED:
         with pytest.raises(KernelError, match="one piece of memory"):
             cross_entropy_(**{**inputs, "logits": inputs["logits"].t()})
 
-    def test_under_the_interpreter():
-        pytest.importorskip("triton")
-        environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-        done = subprocess.run([sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", __file__],
-                              env=environment, capture_output=True, text=True, timeout=500, check=False)
-        assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
+    def test_under_the_interpreter(interpreted):
+        interpreted(__file__)
 else:
     @pytest.mark.parametrize(("shape", "ranks"), [((1, 8), 1), ((9, 264), 1), ((9, 264), 4), ((5, 9000), 1),
                                                   ((5, 9000), 2)], ids=str)

@@ -6,8 +6,6 @@ It must be chosen before triton is imported, so one test starts this same file a
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -81,12 +79,8 @@ if not INTERPRETED:
         with pytest.raises(KernelError, match=r"x \(3, 7\) .* W of at least 8 for 4 heads"):
             decay_and_strength(**{**inputs, "x": torch.zeros(3, 7)}, heads=HEADS)
 
-    def test_under_the_interpreter():
-        pytest.importorskip("triton")
-        environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-        done = subprocess.run([sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", __file__],
-                              env=environment, capture_output=True, text=True, timeout=500, check=False)
-        assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
+    def test_under_the_interpreter(interpreted):
+        interpreted(__file__)
 else:
     from hola_kernels.gates import triton_tokens
     from hola_kernels.gates.verify_cases import limit, measure
@@ -97,7 +91,7 @@ else:
     def test_triton(dtype, shape, decay):
         check(make(*shape, dtype=dtype, decay=decay), "triton")
 
-    @pytest.mark.parametrize("tokens", [1, 63, 1200])
+    @pytest.mark.parametrize("tokens", [1, 63, 210])
     @pytest.mark.parametrize("heads", [1, 3, 4, 16])
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
     def test_everything_is_written_and_nothing_else(monkeypatch, dtype, heads, tokens):
@@ -105,26 +99,24 @@ else:
 
         Twice the limit of a GPU: the interpreter cuts bfloat16's digits off instead of rounding them.
         """
-        monkeypatch.setattr(triton_tokens, "PROGRAMS", 3)
+        monkeypatch.setattr(triton_tokens, "PROGRAMS", 2)  # 420 tokens are four tiles of 128, or seven of 64
         for decay in (True, False):
             for output, error in measure(dtype=dtype, heads=heads, tokens=tokens, decay=decay, device="cpu").items():
                 assert error < 2 * limit(str(dtype).removeprefix("torch."), output), (output, decay)
 
     @pytest.mark.parametrize("programs", [1, 2, 528])
     def test_every_token_and_head_counts_once_in_the_sums(monkeypatch, programs):
-        """A gradient of one token and head alone is that of A_log and dt_bias, wherever the token lies."""
+        """A token's gradient alone, a power of two for each head, is that of A_log and dt_bias, wherever it lies."""
         monkeypatch.setattr(triton_tokens, "PROGRAMS", programs)
         monkeypatch.setattr(triton_tokens, "MOST_TOKENS", 8)
         inputs, last = make(27, 8), 26
         log_decay, _ = decay_and_strength(**inputs, heads=HEADS, backend="triton")
         for token in (0, 7, 8, 15, 16, 24, last):
-            for head in range(HEADS):
-                one = torch.zeros_like(log_decay)
-                one[token, head] = 2.0
-                dx, dA_log, ddt_bias = torch.autograd.grad(log_decay, list(inputs.values()), one, retain_graph=True)
-                of_head = torch.arange(HEADS) == head
-                assert torch.equal(dA_log, torch.where(of_head, 2 * log_decay[token, head].detach(), 0.0))
-                assert torch.equal(ddt_bias, torch.where(of_head, dx[token, HEADS + head], 0.0))
+            one = torch.zeros_like(log_decay)
+            one[token] = 2.0 ** torch.arange(1, HEADS + 1)
+            dx, dA_log, ddt_bias = torch.autograd.grad(log_decay, list(inputs.values()), one, retain_graph=True)
+            assert torch.equal(dA_log, one[token] * log_decay[token].detach())
+            assert torch.equal(ddt_bias, dx[token, HEADS:])
 
     def test_sums_of_many_tokens_by_head(monkeypatch):
         monkeypatch.setattr(triton_tokens, "PROGRAMS", 3)

@@ -98,6 +98,16 @@ def test_narrow_inputs_are_computed_in_float32(dtype):
     assert relative_error(found, expected) < (1e-6 if dtype == torch.float32 else 4e-3)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_sections_are_parts_of_the_whole(backend):
+    inputs = make(2, 9)
+    whole = short_conv(**inputs, backend=backend)
+    sections = short_conv(**inputs, widths=(1, 3, 2), backend=backend)
+    assert torch.equal(torch.cat(sections, -1), whole) and all(y.is_contiguous() for y in sections)
+    for a, b in zip(gradients([torch.cat(sections, -1)], inputs), gradients([whole], inputs), strict=True):
+        assert relative_error(a, b) < 1e-12
+
+
 def test_wrong_arguments_are_named():
     inputs = {n: x.detach() for n, x in make(2, 5).items()}
     with pytest.raises(KernelError, match="weight .* must be"):
@@ -106,5 +116,7 @@ def test_wrong_arguments_are_named():
         short_conv(**{**inputs, "tail": inputs["tail"][:1]})
     with pytest.raises(KernelError, match="x .* must be"):
         short_conv(x=inputs["x"][0], weight=inputs["weight"])
+    with pytest.raises(KernelError, match="widths .* must be positive and add up"):
+        short_conv(**inputs, widths=(2, 2))
     with pytest.raises(KernelError, match="cu_seqlens needs B = 1"):
         short_conv(**inputs, cu_seqlens=torch.tensor([0, 10]))

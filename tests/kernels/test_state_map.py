@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -60,12 +58,8 @@ if not INTERPRETED:
                                       backend=backend)
             assert not found.any() and found.shape == addition.shape
 
-    def test_triton_under_the_interpreter():
-        pytest.importorskip("triton")
-        environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-        done = subprocess.run([sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", __file__],
-                              env=environment, capture_output=True, text=True, timeout=300, check=False)
-        assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
+    def test_triton_under_the_interpreter(interpreted):
+        interpreted(__file__)
 else:
     from hola_kernels.gated_delta import triton_rule
 

@@ -6,8 +6,6 @@ It must be chosen before triton is imported, so one test starts this same file a
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -60,12 +58,8 @@ if not INTERPRETED:
         with pytest.raises(KernelError, match="backend: 'fast'"):
             swiglu(x=torch.ones(3, 4), backend="fast")
 
-    def test_under_the_interpreter():
-        pytest.importorskip("triton")
-        environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-        done = subprocess.run([sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", __file__],
-                              env=environment, capture_output=True, text=True, timeout=500, check=False)
-        assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
+    def test_under_the_interpreter(interpreted):
+        interpreted(__file__)
 else:
     from hola_kernels.swiglu import triton_rows
     from hola_kernels.swiglu.verify_cases import limit, measure

@@ -8,8 +8,6 @@ again in a process of its own. It sees indexing, masks and formulas; miscompiles
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -18,12 +16,8 @@ from inputs import relative_error
 from hola_kernels import exact_read, gated_rms_norm, select_cache, short_conv
 
 if os.environ.get("TRITON_INTERPRET") != "1":
-    def test_under_the_interpreter():
-        pytest.importorskip("triton")
-        environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-        done = subprocess.run([sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", __file__],
-                              env=environment, capture_output=True, text=True, timeout=500, check=False)
-        assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
+    def test_under_the_interpreter(interpreted):
+        interpreted(__file__)
 else:
     import test_gated_norm as norm_tests
     import test_short_conv as conv_tests
@@ -105,9 +99,11 @@ else:
     @pytest.mark.parametrize("width", [1, 2, 4])
     @pytest.mark.parametrize("packed", [False, True])
     def test_short_convolution(width, packed, monkeypatch):
-        monkeypatch.setattr(triton_strips, "STRIP", {"forward": 8, "backward": 6})
+        monkeypatch.setattr(triton_strips, "FORWARD_STRIP", 8)
+        monkeypatch.setattr(triton_strips, "BACKWARD_STRIP", 6)
         monkeypatch.setattr(triton_strips, "CHANNELS", 16)
-        cuts = conv_tests.CUTS if packed else None
+        # 17 and 13 tokens: strips of 8, 8, 1 and 8, 5 forward, of 6, 6, 5 and 6, 6, 1 back
+        cuts = [0, 0, 1, 3, 20, 20, 33] if packed else None
         options = {"cu_seqlens": torch.tensor(cuts)} if packed else {}
         shape = (1, cuts[-1]) if packed else (2, 17)
         inputs = conv_tests.make(*shape, channels=20, width=width, sequences=len(cuts) - 1 if packed else None,
@@ -116,6 +112,34 @@ else:
         pairs = [*zip(*outputs, strict=True),
                  *zip(*(conv_tests.gradients(o, inputs) for o in outputs), strict=True)]
         assert max(relative_error(a, b) for a, b in pairs if b.numel()) < 1e-6
+
+    @pytest.mark.parametrize(("widths", "strips"), [((16, 48, 32), "short"), ((32, 16), "long"), ((16, 7, 9), "short")])
+    def test_short_convolution_in_sections(widths, strips, monkeypatch):
+        """Each section a tensor of its own, from a part of a wider row: the same numbers as all at once."""
+        monkeypatch.setattr(triton_strips, "LEAST_CHANNELS", 16)
+        monkeypatch.setattr(triton_strips, "BACKWARD_STRIP", 6)
+        monkeypatch.setattr(triton_strips, "LONG_BACKWARD_STRIP", 8)
+        monkeypatch.setattr(triton_strips, "ENOUGH_PROGRAMS", 1 if strips == "long" else 10**6)
+        cuts, columns = [0, 0, 1, 3, 24], sum(widths)
+        inputs = conv_tests.make(1, cuts[-1], channels=columns + 5, sequences=len(cuts) - 1, dtype=torch.float32)
+        leaves = {name: x.detach().requires_grad_() for name, x in inputs.items()}
+        options = {"x": leaves["x"][..., 2: 2 + columns], "weight": leaves["weight"][:columns],
+                   "tail": leaves["tail"][..., :columns], "cu_seqlens": torch.tensor(cuts), "return_tail": True}
+        expected, after = short_conv(**options, backend="torch")
+        found, tail = short_conv(**options, widths=widths, backend="triton")
+        assert [tuple(y.shape) for y in found] == [(1, cuts[-1], width) for width in widths]
+        assert all(y.is_contiguous() for y in found)
+        assert relative_error(torch.cat(found, -1), expected) < 1e-6 and torch.equal(tail, after)
+        weights = torch.randn(expected.shape, generator=torch.Generator().manual_seed(6))
+        wanted = torch.autograd.grad(expected, list(leaves.values()), weights)
+        used = weights.split(widths, -1)
+        have = torch.autograd.grad(found, list(leaves.values()), used)
+        assert all(relative_error(a, b) < 1e-6 for a, b in zip(have, wanted, strict=True))
+        first = short_conv(**options, widths=widths, backend="triton")[0][0]  # the others' gradients are None
+        have = torch.autograd.grad(first, leaves["x"], used[0])[0]
+        alone = torch.cat([used[0], torch.zeros_like(weights[..., widths[0]:])], -1)
+        wanted = torch.autograd.grad(short_conv(**options, backend="torch")[0], leaves["x"], alone)[0]
+        assert relative_error(have, wanted) < 1e-6
 
     def test_gradients_left_in_a_room_of_a_wider_tensor():
         """The convolution's and the norm's gradients, written beside each other, are those made on their own."""

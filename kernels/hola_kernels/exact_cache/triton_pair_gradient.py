@@ -28,6 +28,7 @@ from torch import Tensor
 from hola_kernels.descriptors import token_tiles
 from hola_kernels.exact_cache.read_configs import Tile
 from hola_kernels.exact_cache.triton_forward import LOG2E
+from hola_kernels.integers import cdiv
 from hola_kernels.unit_table import UnitTable
 
 DELTA_ROWS = 32
@@ -167,7 +168,7 @@ def launch_delta(*, dy_MHV: Tensor, o_cache_MHV: Tensor, lse_MH: Tensor, sink_H:
                  gate_H: Tensor | None) -> tuple[Tensor, Tensor]:
     """(delta [M, H], partial sums [tiles, H, 2] of the gradients of sink and of the gate's sigmoid times itself)."""
     tokens, heads, value_dim = dy_MHV.shape
-    tiles = triton.cdiv(tokens, DELTA_ROWS)
+    tiles = cdiv(tokens, DELTA_ROWS)
     delta_MH = torch.empty_like(lse_MH)
     part = torch.empty(tiles, heads, 2, dtype=torch.float32, device=dy_MHV.device)
     _delta_kernel[(tiles, heads)](
@@ -184,8 +185,8 @@ def launch_pair_gradient(*, q_MHK: Tensor, k_RHK: Tensor, v_RHV: Tensor, dy_MHV:
     """A launch over all tiles of queries and slots of all blocks, and one over all tiles of queries and own tokens."""
     heads, key_dim = q_MHK.shape[1:]
     value_dim, slots = v_RHV.shape[2], slots_UHw.shape[2]
-    row_tiles, slot_tiles = triton.cdiv(units.size, tile.rows), triton.cdiv(slots, tile.columns)
-    column_tiles = slot_tiles + triton.cdiv(units.size, tile.columns)
+    row_tiles, slot_tiles = cdiv(units.size, tile.rows), cdiv(slots, tile.columns)
+    column_tiles = slot_tiles + cdiv(units.size, tile.columns)
     shape = (units.units, heads, row_tiles * tile.rows, column_tiles * tile.columns)
     weight, dlogit = (torch.empty(shape, dtype=k_RHK.dtype, device=q_MHK.device) for _ in range(2))
     along = torch.empty(*shape[:2], column_tiles, shape[2], dtype=torch.float32, device=q_MHK.device)

@@ -17,6 +17,7 @@ from torch import Tensor
 from hola_kernels.descriptors import tiles_of, token_tiles
 from hola_kernels.exact_cache.read_configs import PRODUCT_WIDTH, Tile
 from hola_kernels.exact_cache.triton_pair_gradient import PairGradient
+from hola_kernels.integers import cdiv, next_power_of_2
 from hola_kernels.unit_table import UnitTable
 
 
@@ -86,7 +87,7 @@ def launch_query_gradient(*, pairs: PairGradient, q_MHK: Tensor, k_RHK: Tensor, 
     """Fills (or adds to) dq; returns partial sums [P, K] of X. tile.columns: those of the pairs."""
     heads, key_dim = q_MHK.shape[1:]
     width = min(key_dim, PRODUCT_WIDTH)
-    row_tiles, column_tiles = triton.cdiv(units.size, tile.rows), pairs.along.shape[2]
+    row_tiles, column_tiles = cdiv(units.size, tile.rows), pairs.along.shape[2]
     programs = units.units * heads * row_tiles
     part = torch.empty(programs, key_dim, dtype=torch.float32, device=q_MHK.device)
     _query_gradient_kernel[(programs, key_dim // width)](
@@ -94,6 +95,6 @@ def launch_query_gradient(*, pairs: PairGradient, q_MHK: Tensor, k_RHK: Tensor, 
         pairs.along, q_MHK, k_RHK, query_norm_MH, gamma_q, gamma_k, slots_UHw, units.table,
         dq_MHK, part, q_MHK.stride(0), k_RHK.stride(0), heads, slots_UHw.shape[2], pairs.scratch[0], mean,
         key_dim**-0.5, K=key_dim, WIDTH=width, ROWS=tile.rows, COLUMNS=tile.columns, SLOT_TILES=pairs.slot_tiles,
-        COLUMN_TILES=column_tiles, SUMS=triton.next_power_of_2(column_tiles), ROW_TILES=row_tiles,
+        COLUMN_TILES=column_tiles, SUMS=next_power_of_2(column_tiles), ROW_TILES=row_tiles,
         INCOMING=incoming, ADD=add, PRECISION="tf32x3", **tile.launch)
     return part

@@ -18,6 +18,7 @@ from hola_kernels.exact_cache.torch_blocks import Selection, _memory_after
 from hola_kernels.exact_cache.triton_forward import launch_inverse_norms, launch_read_forward
 from hola_kernels.exact_cache.triton_key_gradient import launch_key_gradient
 from hola_kernels.exact_cache.triton_pair_gradient import launch_delta, launch_pair_gradient
+from hola_kernels.exact_cache.triton_parameter_gradients import parameter_gradients
 from hola_kernels.exact_cache.triton_query_gradient import launch_query_gradient
 from hola_kernels.exact_cache.triton_select import select_slots
 from hola_kernels.segments import cut_units, dense_cu_seqlens
@@ -91,14 +92,9 @@ def exact_read_backward(*, q: Tensor, k: Tensor, v: Tensor, gamma_q: Tensor, gam
     gamma_part = launch_query_gradient(query_norm_MH=query_norm, dq_MHK=dq, tile=config.query_gradient, **shared)
     launch_key_gradient(key_norm_RH=key_norm, dy_MHV=dy, gate_H=gate, dk_RHK=dk, dv_RHV=dv, beta_MH=beta,
                         tile=config.key_gradient, **shared)
-    gamma_both, heads = gamma_part.sum(0), head_part.sum(0)
-    dsink = None if sink is None else heads[:, 0].to(sink.dtype)
-    dgate = None
-    if gate is not None:  # the partial sums hold sigmoid(gate) dy . o, and sigmoid' = sigmoid (1 - sigmoid)
-        dgate = (heads[:, 1] * torch.sigmoid(-gate.float())).to(gate.dtype)
-    dgamma_q = (gamma_both * gamma_k.float()).to(gamma_q.dtype)
-    dgamma_k = (gamma_both * gamma_q.float()).to(gamma_k.dtype)
-    return dq, dk, dv, dgamma_q, dgamma_k, dsink, dgate
+    parameters = parameter_gradients(gamma_part=gamma_part, head_part=head_part, gamma_q=gamma_q, gamma_k=gamma_k,
+                                     sink_H=sink, gate_H=gate)
+    return dq, dk, dv, *parameters
 
 
 def exact_read_combine(*, q: Tensor, k: Tensor, v: Tensor, score: Tensor, gamma_q: Tensor, gamma_k: Tensor,

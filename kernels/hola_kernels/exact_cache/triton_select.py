@@ -17,6 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from hola_kernels.exact_cache.selection_plan import CANDIDATES, SelectionPlan
+from hola_kernels.integers import next_power_of_2
 
 
 @triton.jit
@@ -105,7 +106,7 @@ def launch_top_slots(*, jobs: Tensor, score_MH: Tensor, list_rows: Tensor, list_
     tile = 256 if small else CANDIDATES
     _top_slots_kernel[(jobs.shape[0], heads)](
         jobs, score_MH, list_rows, list_score, jobs if to is None else to, rows,
-        rows if row_score is None else row_score, heads, slots, SLOTS=triton.next_power_of_2(slots), TILE=tile,
+        rows if row_score is None else row_score, heads, slots, SLOTS=next_power_of_2(slots), TILE=tile,
         WRITE_SCORE=row_score is not None, SCATTER=to is not None, num_warps=4)
 
 

@@ -25,6 +25,7 @@ from torch import Tensor
 
 from hola_kernels.exact_cache.read_configs import Tile
 from hola_kernels.exact_cache.triton_forward import EPS, LOG2E
+from hola_kernels.integers import cdiv
 from hola_kernels.unit_table import UnitTable
 
 ALIGNED = 4  # units: their rows of the table begin at a multiple of 16 bytes, which Triton compiles for
@@ -219,7 +220,7 @@ def begin_split_read(*, q_MHK: Tensor, k_RHK: Tensor, v_RHV: Tensor, key_norm_RH
 def launch_read_own(read: SplitRead, run: tuple[int, int]) -> None:
     """The first pass over the units [from, to); every unit once, in any order."""
     heads, key_dim, tile, (first, last) = *read.q_MHK.shape[1:], read.tile, run
-    row_tiles = triton.cdiv(read.units.size, tile.rows)
+    row_tiles = cdiv(read.units.size, tile.rows)
     if first == last:
         return
     _read_own_kernel[((last - first) * heads * row_tiles,)](
@@ -238,11 +239,11 @@ def launch_read_rest(read: SplitRead, *, gate_H: Tensor, o_state_MHV: Tensor, sl
     value_dim, slots, tile = read.v_RHV.shape[2], slots_UHw.shape[2], read.tile
     o_cache = torch.empty(tokens, heads, value_dim, dtype=read.v_RHV.dtype, device=read.q_MHK.device)
     y, lse_MH = torch.empty_like(o_cache), torch.empty_like(read.lse_MH)
-    row_tiles, width = triton.cdiv(read.units.size, tile.rows), min(value_dim, VALUE_WIDTH)
+    row_tiles, width = cdiv(read.units.size, tile.rows), min(value_dim, VALUE_WIDTH)
     _read_rest_kernel[(read.units.units * heads * row_tiles * (value_dim // width),)](
         read.scaled_MHK, read.k_RHK, read.v_RHV, read.query_norm_MH, read.key_norm_RH, gate_H, o_state_MHV, slots_UHw,
         read.units.table, read.o_MHV, read.lse_MH, y, o_cache, lse_MH, read.k_RHK.stride(0), read.v_RHV.stride(0),
         o_state_MHV.stride(0), heads, slots, key_dim**-0.5, read.opened, read.opened_segments, K=key_dim, V=value_dim,
-        WIDTH=width, ROWS=tile.rows, COLUMNS=tile.columns, SLOT_TILES=triton.cdiv(slots, tile.columns),
+        WIDTH=width, ROWS=tile.rows, COLUMNS=tile.columns, SLOT_TILES=cdiv(slots, tile.columns),
         ROW_TILES=row_tiles, INCOMING=incoming, PRECISION="tf32x3", **tile.launch)
     return y, o_cache, lse_MH, read.query_norm_MH

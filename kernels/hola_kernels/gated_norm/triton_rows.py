@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from hola_kernels.integers import cdiv, next_power_of_2
 from hola_kernels.triton_sums import sum_parts
 
 Room = Callable[[], Tensor]
@@ -83,7 +84,7 @@ class GatedRmsNorm(torch.autograd.Function):
         tokens, heads, width = x_MHV.shape
         y_MHV = torch.empty(x_MHV.shape, dtype=x_MHV.dtype, device=x_MHV.device)
         tile = _tile(width, 4096)
-        _forward_kernel[(triton.cdiv(tokens * heads, tile["ROWS"]),)](
+        _forward_kernel[(cdiv(tokens * heads, tile["ROWS"]),)](
             x_MHV, gate_MHV, weight_V, y_MHV, tokens * heads, heads, *x_MHV.stride()[:2], *gate_MHV.stride()[:2], width,
             eps, **tile, num_warps=4)
         ctx.save_for_backward(x_MHV, gate_MHV, weight_V)
@@ -98,7 +99,7 @@ class GatedRmsNorm(torch.autograd.Function):
         dx_MHV = torch.empty(x_MHV.shape, dtype=x_MHV.dtype, device=x_MHV.device)
         dgate_MHV = _dgate(ctx.dgate_room, gate_MHV)
         tile = _tile(width, 2048)
-        programs = min(triton.cdiv(tokens * heads, tile["ROWS"]), PROGRAMS)
+        programs = min(cdiv(tokens * heads, tile["ROWS"]), PROGRAMS)
         parts = torch.empty(programs, width, dtype=torch.float32, device=x_MHV.device)
         _backward_kernel[(programs,)](
             x_MHV, gate_MHV, weight_V, dy_MHV, dx_MHV, dgate_MHV, parts, tokens * heads, heads, *x_MHV.stride()[:2],
@@ -131,7 +132,7 @@ def _dgate(room: Room | None, gate_MHV: Tensor) -> Tensor:
 
 
 def _tile(width: int, numbers: int) -> dict[str, int]:
-    padded = triton.next_power_of_2(width)
+    padded = next_power_of_2(width)
     return {"ROWS": max(1, numbers // padded), "WIDTH": padded}
 
 

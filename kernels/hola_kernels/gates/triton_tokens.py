@@ -19,6 +19,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from hola_kernels.integers import cdiv, next_power_of_2
 from hola_kernels.triton_sums import sum_parts
 
 Room = Callable[[], Tensor]
@@ -124,7 +125,7 @@ class DecayAndStrength(torch.autograd.Function):
         log_decay = torch.empty(rows, tokens, heads, dtype=torch.float32, device=x_NTW.device)
         beta = torch.empty(log_decay.shape, dtype=torch.float32, device=x_NTW.device)
         tile = _tile(heads)
-        _gates_forward_kernel[(triton.cdiv(rows * tokens, tile["TOKENS"]),)](
+        _gates_forward_kernel[(cdiv(rows * tokens, tile["TOKENS"]),)](
             x_NTW, A_log_H, dt_bias_H, log_decay, beta, rows * tokens, tokens, *x_NTW.stride()[:2], H=heads,
             DECAY=A_log_H is not None, **tile, num_warps=4)
         ctx.save_for_backward(log_decay, beta, A_log_H)
@@ -144,11 +145,11 @@ class DecayAndStrength(torch.autograd.Function):
         wanted = ctx.needs_input_grad[0]  # else nobody would take the room back
         dx_NTW = _dx(ctx.dx_room if wanted else None, ctx.like, beta.device)
         tile = _tile(heads)
-        programs = min(triton.cdiv(rows * tokens, tile["TOKENS"]), PROGRAMS)
+        programs = min(cdiv(rows * tokens, tile["TOKENS"]), PROGRAMS)
         parts = beta.new_empty(programs, 2, heads) if decay else None
         _gates_backward_kernel[(programs,)](
             log_decay, beta, dlog_decay, dbeta, A_log_H, dx_NTW, parts, rows * tokens, tokens, *dx_NTW.stride()[:2],
-            H=heads, W=width, DECAY=decay, SPARE=triton.next_power_of_2(width), **tile, num_warps=4)
+            H=heads, W=width, DECAY=decay, SPARE=next_power_of_2(width), **tile, num_warps=4)
         if not decay:
             return dx_NTW if wanted else None, None, None, None, None
         dA_log, ddt_bias = sum_parts(parts, torch.float32)
@@ -186,5 +187,5 @@ def _given(gradient: Tensor | None, like: Tensor) -> Tensor:
 
 
 def _tile(heads: int) -> dict[str, int]:
-    padded = triton.next_power_of_2(heads)
+    padded = next_power_of_2(heads)
     return {"TOKENS": min(MOST_TOKENS, max(1, NUMBERS // padded)), "HEADS": padded}

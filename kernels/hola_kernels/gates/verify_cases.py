@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 import torch
@@ -38,16 +39,17 @@ def measure(*, dtype: torch.dtype, heads: int, tokens: int, decay: bool = True, 
     """Errors of both outputs and all gradients; x lies inside a transposed, wider projection, as a mixer has it."""
     wide_width, begin = 2 * heads + 70, 16
     section = slice(begin, begin + 2 * heads + 48)
-    projected = 3 * torch.randn(tokens, rows, wide_width, device=device)
+    noise = functools.partial(torch.randn, device=device, generator=torch.Generator(device).manual_seed(8))
+    projected = 3 * noise(tokens, rows, wide_width)
     for number, extreme in enumerate(EXTREMES):
         projected[5 + number::29] = extreme
     x = projected.to(dtype).transpose(0, 1)[..., section].requires_grad_()
     inputs = {"x": x}
     if decay:
-        inputs |= {"A_log": torch.randn(heads, device=device), "dt_bias": torch.randn(heads, device=device) - 2}
+        inputs |= {"A_log": noise(heads), "dt_bias": noise(heads) - 2}
         inputs = {name: value.detach().requires_grad_() for name, value in inputs.items()}
     # gradients of mean one: sums of noise alone would be small beside their terms, and show nothing but rounding
-    gradients = [1 + torch.randn(rows, tokens, heads, device=device) for _ in range(2)]
+    gradients = [1 + noise(rows, tokens, heads) for _ in range(2)]
     exact = {name: value.detach().double().requires_grad_() for name, value in inputs.items()}
     whole = torch.full((tokens, rows, wide_width), float("nan"), dtype=dtype, device=device).transpose(0, 1)
     with poisoned():

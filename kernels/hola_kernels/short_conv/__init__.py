@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -17,39 +16,54 @@ from hola_kernels.norms import compute_dtype
 from hola_kernels.short_conv.reference import short_conv_reference
 from hola_kernels.short_conv.torch_shifts import short_conv_shifts
 
+Sections = tuple[Tensor, ...]
 
-def _short_conv_triton(*arguments: Tensor, **options: Any) -> tuple[Tensor, Tensor | None]:
-    from hola_kernels.short_conv.triton_strips import short_conv_triton  # on first use: triton may be missing
 
-    return short_conv_triton(*arguments, **options)
+def _short_conv_triton(x_MD: Tensor, *arguments: Tensor, wanted: tuple[int, ...],
+                       **options: Any) -> tuple[Sections, Tensor | None]:
+    from hola_kernels.short_conv.triton_strips import in_one_launch, short_conv_triton  # on first use: may be missing
+
+    if in_one_launch(wanted):
+        return short_conv_triton(x_MD, *arguments, widths=wanted, **options)
+    (y_MD,), after = short_conv_triton(x_MD, *arguments, widths=x_MD.shape[1:], **options)
+    return y_MD.split(wanted, 1), after
 
 
 IMPLEMENTATIONS = {"reference": short_conv_reference, "torch": short_conv_shifts, "triton": _short_conv_triton}
 
 
 def short_conv(*, x: Tensor, weight: Tensor, cu_seqlens: Tensor | None = None, tail: Tensor | None = None,
-               return_tail: bool = False, dx_room: Callable[[], Tensor] | None = None,
-               backend: str = "auto") -> Tensor | tuple[Tensor, Tensor]:
+               return_tail: bool = False, widths: tuple[int, ...] | None = None,
+               dx_room: Callable[[], Tensor] | None = None,
+               backend: str = "auto") -> Tensor | Sections | tuple[Tensor | Sections, Tensor]:
     """SiLU of the depthwise causal convolution of x over time.
 
     x [B, T, D]; weight [D, W], whose last column multiplies the current token. With cu_seqlens
     [N + 1], B is 1 and the tokens are N documents that do not see each other. tail [N, W - 1, D]
     (N = B without cu_seqlens): the last inputs before this call, oldest first, zeros when None.
 
+    widths: channels of the sections in which y is wanted, each a contiguous tensor; they add up to D.
     dx_room: gives, when the backward pass asks, memory like x where the Triton backend may leave x's gradient.
 
-    Returns y like x, and with return_tail the tail after the last token. Both are differentiable
-    in x, weight and tail. Raises KernelError.
+    Returns y like x (with widths a tuple of [B, T, width]), and with return_tail the tail after the last token. All
+    are differentiable in x, weight and tail. Raises KernelError.
     """
     cuts = _check(x, weight, cu_seqlens, tail)
+    wanted = (x.shape[2],) if widths is None else widths
+    if sum(wanted) != x.shape[2] or min(wanted) < 1:
+        raise KernelError(f"widths {wanted} must be positive and add up to the D of x {tuple(x.shape)}")
     if tail is None:
         tail = x.new_zeros(cuts.numel() - 1, weight.shape[1] - 1, x.shape[2])
     name = choose_backend(backend, x.device, _refusal(x, weight))
-    run = IMPLEMENTATIONS[name]
+    run, flat = IMPLEMENTATIONS[name], x.flatten(0, 1)
     if name == "triton":
-        run = functools.partial(run, dense=cu_seqlens is None, return_tail=return_tail, dx_room=dx_room)
-    y, after = run(x.flatten(0, 1), weight, cuts, tail)
-    y = y.view_as(x)
+        sections, after = run(flat, weight, cuts, tail, wanted=wanted, dense=cu_seqlens is None,
+                              return_tail=return_tail, dx_room=dx_room)
+    else:
+        y_MD, after = run(flat, weight, cuts, tail)
+        sections = y_MD.split(wanted, 1)
+    sections = tuple(y.contiguous().unflatten(0, x.shape[:2]) for y in sections)
+    y = sections[0] if widths is None else sections
     return (y, after) if return_tail else y
 
 

@@ -9,12 +9,14 @@ backward it also looks three tokens ahead, because those read its own.
     z_t = sum_j w_{W-1-j} x_{t-j}      y = SiLU(z)      dz = dy SiLU'(z)      dx_t = sum_j w_{W-1-j} dz_{t+j}
 
 The weight gradient is summed per strip into HBM and then over strips: deterministic.
-Kernels have four taps; a narrower convolution is one whose first taps are zero.
+Kernels have four taps; a narrower convolution is one whose first taps are zero. Channels may come out in up to three
+sections (q, k and v), each a tensor of its own, and their gradients in three: one launch all the same.
 For 32,768 tokens of 3,072 channels in bf16: forward 0.40 GB, 0.094 ms at 4.3 TB/s; backward 0.60 GB, 0.14 ms.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -22,11 +24,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from hola_kernels.integers import cdiv
 from hola_kernels.triton_sums import sum_parts
-from hola_kernels.unit_table import UnitTable, unit_table
+from hola_kernels.unit_table import unit_table
 
-STRIP = {"forward": 64, "backward": 128}
-CHANNELS = 128
+FORWARD_STRIP, BACKWARD_STRIP = 64, 128
+LONG_BACKWARD_STRIP, ENOUGH_PROGRAMS = 256, 4096  # 7 % faster where that many programs are left: 32 a multiprocessor
+CHANNELS, LEAST_CHANNELS = 128, 32  # of a program, one warp
+SECTIONS = 3
 
 
 @triton.jit
@@ -50,13 +55,26 @@ def _taps(weight_ptr, d, is_channel, BEFORE: tl.constexpr):
 
 
 @triton.jit
+def _section_of(ptr_0, ptr_1, ptr_2, stride_0, stride_1, stride_2, channel, SECTIONS: tl.constexpr):
+    """(pointer, first channel, numbers between rows) of the section that holds `channel`; several lie one after the
+    other and have contiguous rows."""
+    ptr, first, stride = ptr_0, channel * 0, stride_0
+    if SECTIONS > 1:  # chosen, not branched to: Triton 3.6 forgets behind a branch how pointers are aligned
+        second, third = channel >= stride_0, channel >= stride_0 + stride_1
+        ptr = tl.where(third, ptr_2, tl.where(second, ptr_1, ptr_0))
+        first = tl.where(third, stride_0 + stride_1, tl.where(second, stride_0, 0))
+        stride = tl.where(third, stride_2, tl.where(second, stride_1, stride_0))
+    return ptr, first, stride
+
+
+@triton.jit
 def _load_row(ptr, at, stride, d, mask):
     return tl.load(ptr + at * stride + d, mask=mask, other=0.0).to(tl.float32)
 
 
 @triton.jit
-def _store_silu(ptr, at, D, d, mask, z):
-    tl.store(ptr + at * D + d, (z / (1.0 + tl.exp(-z))).to(ptr.dtype.element_ty), mask=mask)
+def _store_silu(ptr, at, stride, d, mask, z):
+    tl.store(ptr + at * stride + d, (z / (1.0 + tl.exp(-z))).to(ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -66,20 +84,24 @@ def _silu_gradient(dy, z):
 
 
 @triton.jit
-def _store_row(ptr, at, D, d, mask, x):
-    tl.store(ptr + at * D + d, x.to(ptr.dtype.element_ty), mask=mask)
+def _store_row(ptr, at, stride, d, mask, x):
+    tl.store(ptr + at * stride + d, x.to(ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
-def _forward_kernel(x_ptr, weight_ptr, tail_ptr, strips_ptr, y_ptr, D, x_stride, BEFORE: tl.constexpr,
-                    CHANNELS: tl.constexpr):
-    """y [M, D]. Registers: four inputs and four taps of [CHANNELS]."""
+def _forward_kernel(x_ptr, weight_ptr, tail_ptr, strips_ptr, y_ptr_0, y_ptr_1, y_ptr_2, D, x_stride,
+                    y_stride_0, y_stride_1, y_stride_2, BEFORE: tl.constexpr, CHANNELS: tl.constexpr,
+                    SECTIONS: tl.constexpr):
+    """y [M, D] in its sections. Registers: four inputs and four taps of [CHANNELS]."""
     strip = tl.program_id(1)
     row = tl.load(strips_ptr + strip * 5)
     count = tl.load(strips_ptr + strip * 5 + 1)
     ordinal = tl.load(strips_ptr + strip * 5 + 2)
     segment = tl.load(strips_ptr + strip * 5 + 4)
     d = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
+    y_ptr, first, y_stride = _section_of(y_ptr_0, y_ptr_1, y_ptr_2, y_stride_0, y_stride_1, y_stride_2,
+                                         tl.program_id(0) * CHANNELS, SECTIONS)
+    own = d - first
     is_channel = d < D
     real = is_channel & (count > 0)
     w0, w1, w2, w3 = _taps(weight_ptr, d, is_channel, BEFORE)
@@ -92,17 +114,18 @@ def _forward_kernel(x_ptr, weight_ptr, tail_ptr, strips_ptr, y_ptr, D, x_stride,
         a1 = _load_row(x_ptr, at + 1, x_stride, d, is_channel & (i + 1 < count))
         a2 = _load_row(x_ptr, at + 2, x_stride, d, is_channel & (i + 2 < count))
         a3 = _load_row(x_ptr, at + 3, x_stride, d, is_channel & (i + 3 < count))
-        _store_silu(y_ptr, at, D, d, is_channel, w0 * a0 + w1 * x1 + w2 * x2 + w3 * x3)
-        _store_silu(y_ptr, at + 1, D, d, is_channel & (i + 1 < count), w0 * a1 + w1 * a0 + w2 * x1 + w3 * x2)
-        _store_silu(y_ptr, at + 2, D, d, is_channel & (i + 2 < count), w0 * a2 + w1 * a1 + w2 * a0 + w3 * x1)
-        _store_silu(y_ptr, at + 3, D, d, is_channel & (i + 3 < count), w0 * a3 + w1 * a2 + w2 * a1 + w3 * a0)
+        _store_silu(y_ptr, at, y_stride, own, is_channel, w0 * a0 + w1 * x1 + w2 * x2 + w3 * x3)
+        _store_silu(y_ptr, at + 1, y_stride, own, is_channel & (i + 1 < count), w0 * a1 + w1 * a0 + w2 * x1 + w3 * x2)
+        _store_silu(y_ptr, at + 2, y_stride, own, is_channel & (i + 2 < count), w0 * a2 + w1 * a1 + w2 * a0 + w3 * x1)
+        _store_silu(y_ptr, at + 3, y_stride, own, is_channel & (i + 3 < count), w0 * a3 + w1 * a2 + w2 * a1 + w3 * a0)
         x3, x2, x1 = a1, a2, a3
 
 
 @triton.jit
-def _backward_kernel(x_ptr, weight_ptr, tail_ptr, dy_ptr, strips_ptr, dx_ptr, dtail_ptr, weight_part_ptr, D, x_stride,
-                     dy_stride, dx_stride, BEFORE: tl.constexpr, CHANNELS: tl.constexpr):
-    """dx [M, D], dtail [N, BEFORE, D], weight_part [strips, D, W] as the weight has its taps.
+def _backward_kernel(x_ptr, weight_ptr, tail_ptr, dy_ptr_0, dy_ptr_1, dy_ptr_2, strips_ptr, dx_ptr, dtail_ptr,
+                     weight_part_ptr, D, x_stride, dy_stride_0, dy_stride_1, dy_stride_2, dx_stride,
+                     BEFORE: tl.constexpr, CHANNELS: tl.constexpr, SECTIONS: tl.constexpr):
+    """dx [M, D] of dy in its sections, dtail [N, BEFORE, D], weight_part [strips, D, W] as the weight has its taps.
 
     Registers: seven inputs, four dz, three partial dx, four taps and their gradients of [CHANNELS]. With
     tokens i to i + 3 the gradients of inputs i - 3 to i are complete.
@@ -117,6 +140,9 @@ def _backward_kernel(x_ptr, weight_ptr, tail_ptr, dy_ptr, strips_ptr, dx_ptr, dt
     if following > 0:  # the next strip of the document, perhaps short
         ahead = tl.minimum(tl.load(strips_ptr + strip * 5 + 6), 3)
     d = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
+    dy_ptr, first, dy_stride = _section_of(dy_ptr_0, dy_ptr_1, dy_ptr_2, dy_stride_0, dy_stride_1, dy_stride_2,
+                                           tl.program_id(0) * CHANNELS, SECTIONS)
+    own = d - first
     is_channel = d < D
     real = is_channel & (count > 0)
     w0, w1, w2, w3 = _taps(weight_ptr, d, is_channel, BEFORE)
@@ -136,10 +162,10 @@ def _backward_kernel(x_ptr, weight_ptr, tail_ptr, dy_ptr, strips_ptr, dx_ptr, dt
         a1 = _load_row(x_ptr, at + 1, x_stride, d, is_channel & (i + 1 < end))
         a2 = _load_row(x_ptr, at + 2, x_stride, d, is_channel & (i + 2 < end))
         a3 = _load_row(x_ptr, at + 3, x_stride, d, is_channel & (i + 3 < end))
-        g0 = _load_row(dy_ptr, at, dy_stride, d, is_channel & (i < end))
-        g1 = _load_row(dy_ptr, at + 1, dy_stride, d, is_channel & (i + 1 < end))
-        g2 = _load_row(dy_ptr, at + 2, dy_stride, d, is_channel & (i + 2 < end))
-        g3 = _load_row(dy_ptr, at + 3, dy_stride, d, is_channel & (i + 3 < end))
+        g0 = _load_row(dy_ptr, at, dy_stride, own, is_channel & (i < end))
+        g1 = _load_row(dy_ptr, at + 1, dy_stride, own, is_channel & (i + 1 < end))
+        g2 = _load_row(dy_ptr, at + 2, dy_stride, own, is_channel & (i + 2 < end))
+        g3 = _load_row(dy_ptr, at + 3, dy_stride, own, is_channel & (i + 3 < end))
         g0 = _silu_gradient(g0, w0 * a0 + w1 * x1 + w2 * x2 + w3 * x3)
         g1 = _silu_gradient(g1, w0 * a1 + w1 * a0 + w2 * x1 + w3 * x2)
         g2 = _silu_gradient(g2, w0 * a2 + w1 * a1 + w2 * a0 + w3 * x1)
@@ -170,52 +196,76 @@ def _backward_kernel(x_ptr, weight_ptr, tail_ptr, dy_ptr, strips_ptr, dx_ptr, dt
 
 
 class ShortConv(torch.autograd.Function):
-    """(y, tail after) of flat tokens; saves its inputs only."""
+    """(tail after, y of each section) of flat tokens; saves its inputs only."""
 
     @staticmethod
     def forward(ctx, x_MD, weight_DW, cuts, tail_NJD, dense: bool, return_tail: bool,
-                dx_room: Callable[[], Tensor] | None):
-        strips = _strips(x_MD, cuts, "forward", dense)
-        y_MD = torch.empty(x_MD.shape, dtype=x_MD.dtype, device=x_MD.device)
-        channels = x_MD.shape[1]
-        _forward_kernel[(triton.cdiv(channels, CHANNELS), strips.units)](
-            x_MD, weight_DW, tail_NJD, strips.table, y_MD, channels, x_MD.stride(0), BEFORE=weight_DW.shape[1] - 1,
-            CHANNELS=CHANNELS, num_warps=1)
+                dx_room: Callable[[], Tensor] | None, widths: tuple[int, ...]):
+        tokens, channels = x_MD.shape
+        strips = unit_table(cuts, tokens, FORWARD_STRIP, dense)
+        sections = [x_MD.new_empty(tokens, width) for width in widths]
+        tile = _channels(widths)
+        _forward_kernel[(cdiv(channels, tile), strips.units)](
+            x_MD, weight_DW, tail_NJD, strips.table, *_three(sections), channels, x_MD.stride(0),
+            *_three([y.stride(0) for y in sections]), BEFORE=weight_DW.shape[1] - 1, CHANNELS=tile,
+            SECTIONS=len(widths), num_warps=1)
         ctx.save_for_backward(x_MD, weight_DW, cuts, tail_NJD)
-        ctx.dense, ctx.dx_room = dense, dx_room
+        ctx.dense, ctx.dx_room, ctx.widths = dense, dx_room, widths
         ctx.set_materialize_grads(False)  # nobody's tail has no gradient, and costs no copy of dx
-        return y_MD, _tail_after(x_MD, cuts, tail_NJD) if return_tail else None
+        return _tail_after(x_MD, cuts, tail_NJD) if return_tail else None, *sections
 
     @staticmethod
-    def backward(ctx, dy_MD, dafter_NJD):
+    def backward(ctx, dafter_NJD, *dsections):
         x_MD, weight_DW, cuts, tail_NJD = ctx.saved_tensors
         (tokens, channels), width = x_MD.shape, weight_DW.shape[1]
-        strips = _strips(x_MD, cuts, "backward", ctx.dense)
-        dy_MD = torch.zeros_like(x_MD) if dy_MD is None else dy_MD
-        dy_MD = dy_MD if dy_MD.stride(1) == 1 else dy_MD.contiguous()
+        tile = _channels(ctx.widths)
+        blocks = cdiv(channels, tile)
+        long = tokens // LONG_BACKWARD_STRIP * blocks >= ENOUGH_PROGRAMS
+        strips = unit_table(cuts, tokens, LONG_BACKWARD_STRIP if long else BACKWARD_STRIP, ctx.dense)
+        dys = [x_MD.new_zeros(tokens, n) if dy is None else dy for dy, n in zip(dsections, ctx.widths, strict=True)]
+        dys = [dy if dy.stride(1) == 1 and (len(dys) == 1 or dy.is_contiguous()) else dy.contiguous() for dy in dys]
         dx_MD = _room(ctx.dx_room, x_MD)
         dtail_NJD = torch.zeros_like(tail_NJD)  # documents without tokens have no strip
         parts = torch.empty(strips.units, channels, width, dtype=torch.float32, device=x_MD.device)
-        _backward_kernel[(triton.cdiv(channels, CHANNELS), strips.units)](
-            x_MD, weight_DW, tail_NJD, dy_MD, strips.table, dx_MD, dtail_NJD, parts, channels, x_MD.stride(0),
-            dy_MD.stride(0), dx_MD.stride(0), BEFORE=width - 1, CHANNELS=CHANNELS, num_warps=1)
+        _backward_kernel[(blocks, strips.units)](
+            x_MD, weight_DW, tail_NJD, *_three(dys), strips.table, dx_MD, dtail_NJD, parts, channels, x_MD.stride(0),
+            *_three([dy.stride(0) for dy in dys]), dx_MD.stride(0), BEFORE=width - 1, CHANNELS=tile,
+            SECTIONS=len(dys), num_warps=1)
         dweight_DW = sum_parts(parts, weight_DW.dtype)
         if dafter_NJD is not None and width > 1:
             source = _source_of_tail(cuts, tail_NJD)
             laid = torch.cat([dx_MD, dtail_NJD.flatten(0, 1).to(dx_MD.dtype)])
             laid.index_add_(0, source, dafter_NJD.flatten(0, 1).to(dx_MD.dtype))
             dx_MD, dtail_NJD = laid[:tokens], laid[tokens:].view_as(dtail_NJD).to(tail_NJD.dtype)
-        return dx_MD, dweight_DW, None, dtail_NJD, None, None, None
+        return dx_MD, dweight_DW, None, dtail_NJD, None, None, None, None
 
 
 def short_conv_triton(x_MD: Tensor, weight_DW: Tensor, cu_seqlens: Tensor, tail_NJD: Tensor, *,
-                      dense: bool = False, return_tail: bool = True,
-                      dx_room: Callable[[], Tensor] | None = None) -> tuple[Tensor, Tensor | None]:
-    """Same contract as `torch_shifts.short_conv_shifts`; dense: all documents are of one length."""
+                      widths: tuple[int, ...], dense: bool = False, return_tail: bool = True,
+                      dx_room: Callable[[], Tensor] | None = None) -> tuple[tuple[Tensor, ...], Tensor | None]:
+    """(y of each section, tail after); dense: all documents are of one length. Sections as
+    `in_one_launch` takes them."""
     if not x_MD.numel():
-        return x_MD, tail_NJD
+        return x_MD.split(widths, 1), tail_NJD
     x_MD = x_MD if x_MD.stride(1) == 1 else x_MD.contiguous()
-    return ShortConv.apply(x_MD, weight_DW.contiguous(), cu_seqlens, tail_NJD.contiguous(), dense, return_tail, dx_room)
+    after, *sections = ShortConv.apply(x_MD, weight_DW.contiguous(), cu_seqlens, tail_NJD.contiguous(), dense,
+                                       return_tail, dx_room, widths)
+    return tuple(sections), after
+
+
+def in_one_launch(widths: tuple[int, ...]) -> bool:
+    """Whether these sections go together: a program's channels must lie in one of them."""
+    return len(widths) <= SECTIONS and (len(widths) == 1 or _channels(widths) >= LEAST_CHANNELS)
+
+
+def _channels(widths: tuple[int, ...]) -> int:
+    """Of a program: as many as divide every section; one section may end within a program."""
+    return CHANNELS if len(widths) == 1 else math.gcd(CHANNELS, *widths)
+
+
+def _three(things: list) -> list:
+    """The kernels' three places; what is missing is not looked at."""
+    return things + [things[0]] * (SECTIONS - len(things))
 
 
 def _room(dx_room: Callable[[], Tensor] | None, x_MD: Tensor) -> Tensor:
@@ -229,10 +279,6 @@ def _room(dx_room: Callable[[], Tensor] | None, x_MD: Tensor) -> Tensor:
         if room_MD is not None and room_MD.stride(1) == 1:
             return room_MD
     return torch.empty(x_MD.shape, dtype=x_MD.dtype, device=x_MD.device)
-
-
-def _strips(x_MD: Tensor, cuts: Tensor, direction: str, dense: bool) -> UnitTable:
-    return unit_table(cuts, x_MD.shape[0], STRIP[direction], dense)
 
 
 def _source_of_tail(cuts: Tensor, tail_NJD: Tensor) -> Tensor:

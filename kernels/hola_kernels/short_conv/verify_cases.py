@@ -21,6 +21,9 @@ def cases() -> list[tuple[str, Callable[[], dict[str, float]]]]:
             for cuts in (None, CUTS):
                 name = f"{str(dtype).removeprefix('torch.')} short conv W={width}{' packed' if cuts else ''}"
                 made.append((name, lambda d=dtype, w=width, c=cuts: measure(dtype=d, width=w, cuts=c)))
+        for cuts in (None, CUTS):
+            name = f"{str(dtype).removeprefix('torch.')} short conv in sections{' packed' if cuts else ''}"
+            made.append((name, lambda d=dtype, c=cuts: measure(dtype=d, width=4, cuts=c, widths=(256, 128, 384))))
     return made
 
 
@@ -29,16 +32,19 @@ def limit(name: str, output: str) -> float:
     return LIMITS[name.split()[0]]
 
 
-def measure(*, dtype: torch.dtype, width: int, cuts: tuple[int, ...] | None) -> dict[str, float]:
+def measure(*, dtype: torch.dtype, width: int, cuts: tuple[int, ...] | None,
+            widths: tuple[int, ...] | None = None) -> dict[str, float]:
     """Errors of output, tail after and all gradients, with a tail going in."""
-    batch, length, channels = (1, cuts[-1], 520) if cuts else (2, 300, 520)
+    channels = sum(widths or (520,))
+    batch, length = (1, cuts[-1]) if cuts else (2, 300)
     shapes = {"x": (batch, length, channels), "weight": (channels, width),
               "tail": (len(cuts) - 1 if cuts else batch, width - 1, channels)}
     narrow = {n: torch.randn(*shape, device="cuda").to(dtype).requires_grad_() for n, shape in shapes.items()}
     wide = {n: x.detach().double().requires_grad_() for n, x in narrow.items()}
     options = {"return_tail": True, "cu_seqlens": torch.tensor(cuts, device="cuda") if cuts else None}
     with poisoned():
-        found = short_conv(**narrow, **options, backend="triton")
+        found = short_conv(**narrow, **options, widths=widths, backend="triton")
+        found = found if widths is None else (torch.cat(found[0], -1), found[1])
         weights = [torch.randn(o.shape, device="cuda").to(dtype) for o in found]
         have = torch.autograd.grad(found, list(narrow.values()), weights)
     expected = short_conv(**wide, **options, backend="torch")

@@ -15,6 +15,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from hola_kernels.integers import cdiv
+
 NUMBERS, WARPS = 2048, 4  # of y in a tile; 128 threads
 WIDTHS = (1024, 512, 256)  # of a tile: a warp reads 512 bytes in a row
 
@@ -89,7 +91,7 @@ def _launch(total: int, width: int) -> tuple[tuple[int], dict[str, int]]:
     """Grid and tile: as wide as leaves the fewest columns of the last tile empty."""
     columns = min(WIDTHS, key=lambda each: -width % each)
     rows = NUMBERS // columns
-    programs = triton.cdiv(total, rows) * triton.cdiv(width, columns)
+    programs = cdiv(total, rows) * cdiv(width, columns)
     return (programs,), {"F": width, "ROWS": rows, "WIDTH": columns, "num_warps": WARPS}
 
 

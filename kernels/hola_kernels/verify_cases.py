@@ -1,0 +1,156 @@
+"""Correctness cases of the whole hola_attention, the fused Triton function, against the torch backend in float64.
+
+What only the whole has: the keys' norms left by the state's first launch, states kept by the forward walk in 16 bits,
+the read's gradients added in place to the state's, dv as beta times their sum. Rounded scores may choose other tokens
+than exact ones. So both sides read what the fused function chose; its scores are compared on their own, and a
+token chosen otherwise ("slots") must have a score as close to the least one kept as rounding explains.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor
+
+from hola_kernels.attention import combine, hola_attention, rank_tokens
+from hola_kernels.checks import segments_of
+from hola_kernels.exact_cache import exact_read, select_cache
+from hola_kernels.exact_cache.verify_cases import PACKED, _incoming_gradient
+from hola_kernels.gated_delta import gated_delta_rule
+from hola_kernels.gated_delta.verify_cases import make_inputs
+from hola_kernels.verify import poisoned, relative_error
+
+# of o and scores, of q, k, v and parameters, of beta and log_decay: the contract's; float16 has more digits
+LIMITS = {"bfloat16": (0.005, 0.008, 0.02), "float16": (0.002, 0.005, 0.005), "float32": (1e-5, 1e-4, 1e-4)}
+WIDTHS = ((64, 64), (128, 128), (256, 256), (64, 128))
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+# "long": one head is too little for a GPU, so the sequence is walked in spans
+KINDS: dict[str, dict[str, Any]] = {
+    "packed": {"cuts": PACKED},
+    "rows": {"rows": 2, "length": 600, "score": "e", "read_norm": "l2", "sink": False},
+    "betav": {"cuts": PACKED, "score": "betav"},
+    "long": {"length": 3000, "heads": 1, "split": True},
+}
+CHOSEN = [*((word, *widths, "packed") for word in DTYPES for widths in WIDTHS),
+          *((word, width, width, "rows") for word in DTYPES for width in (128, 256)),
+          ("bfloat16", 128, 128, "betav"), ("bfloat16", 128, 128, "long"), ("bfloat16", 256, 256, "long"),
+          ("float16", 64, 64, "long"), ("float32", 128, 128, "long")]
+
+
+def cases() -> list[tuple[str, Callable[[], dict[str, float]]]]:
+    """(name, run) of every case."""
+    return [(f"hola_attention {word} K={key} V={value} {kind}",
+             lambda d=DTYPES[word], k=key, v=value, o=kind: measure(dtype=d, key=k, value=v, **KINDS[o]))
+            for word, key, value, kind in CHOSEN]
+
+
+def limit(name: str, output: str) -> float:
+    """The largest error of any output; of two scores that changed places both may be off."""
+    forward, gradient, scalar_gradient = LIMITS[name.split()[1]]
+    if output == "whole":
+        return 0.5
+    if output in ("o", "o without gradients", "score", "slots"):
+        return 2 * forward if output == "slots" else forward
+    return scalar_gradient if output in ("d beta", "d log_decay") else gradient
+
+
+def measure(*, dtype: torch.dtype, key: int, value: int, cuts: tuple[int, ...] | None = None, rows: int = 1,
+            length: int = 0, heads: int = 2, block: int = 256, slots: int = 64, score: str = "betae",
+            read_norm: str = "rms", sink: bool = True, split: bool = False, device: str = "cuda",
+            seed: int = 0) -> dict[str, float]:
+    """Errors of o, of what the cache ranks by, of its choice and of every gradient, new tensors poisoned.
+
+    Documents cut at `cuts`, or `rows` of `length` tokens. split: sequences must be walked in spans; "whole" is 1
+    where they are not.
+    """
+    rows, length = (1, cuts[-1]) if cuts else (rows, length)
+    narrow = attention_inputs(rows, length, heads, key, value, dtype, seed, device)
+    if not sink:
+        narrow["sink"] = None
+    wide = {n: None if x is None else x.detach().double().requires_grad_() for n, x in narrow.items()}
+    cache = {"block": block, "slots": slots, "read_norm": read_norm,
+             "cu_seqlens": torch.tensor(cuts) if cuts else None}
+    with poisoned(), watched() as seen:
+        y = hola_attention(**narrow, **cache, score=score, backend="triton")
+    with poisoned(), torch.no_grad():
+        alone = hola_attention(**narrow, **cache, score=score, backend="triton")
+    rank = seen["score_MH"].view(rows, length, heads)
+    expected, exact_rank = expected_of(wide, rank, score, cache)
+    dy = _incoming_gradient(expected)
+    with poisoned():
+        found = _gradients(y, narrow, dy)
+    wanted = _gradients(expected, wide, dy)
+    errors = {"o": relative_error(y, expected), "o without gradients": relative_error(alone, expected),
+              "score": relative_error(rank, exact_rank), "slots": misplaced(seen["slots_UHw"], exact_rank, cache)}
+    errors |= {f"d {n}": relative_error(found[n], wanted[n]) for n in wanted}
+    return errors | ({"whole": float(seen["layout"].most_spans == 1)} if split else {})
+
+
+def attention_inputs(rows: int, length: int, heads: int, key: int, value: int, dtype: torch.dtype, seed: int,
+                     device: str) -> dict[str, Tensor]:
+    """Arguments of hola_attention with gradients on; q, k, v in dtype, the rest in float32."""
+    *tokens, _ = make_inputs(rows * length, 1, heads, key, value, 0.02, None, seed)
+    made = {n: x.view(rows, length, *x.shape[1:]) for n, x in zip(("q", "k", "v", "log_decay", "beta"), tokens,
+                                                                  strict=True)}
+    g = torch.Generator().manual_seed(seed + 1)
+    for name, size in (("gamma_q", key), ("gamma_k", key), ("gate", heads), ("sink", heads)):
+        made[name] = torch.randn(size, generator=g) * (0.3 if "gamma" in name else 1) + ("gamma" in name)
+    return {n: x.to(device, dtype if n in ("q", "k", "v") else torch.float32).requires_grad_() for n, x in made.items()}
+
+
+@contextmanager
+def watched() -> Iterator[dict[str, Any]]:
+    """The scores that a fused call ranks by, the slots it chooses ([U, H, w], of flat tokens) and its layout."""
+    from hola_kernels import triton_attention  # on first use: triton may be missing
+
+    seen: dict[str, Any] = {}
+    select, lay = triton_attention.select_slots, triton_attention.layout_for
+
+    def select_slots(*, score_MH: Tensor, **options: Any) -> Tensor:
+        seen["score_MH"], seen["slots_UHw"] = score_MH, select(score_MH=score_MH, **options)
+        return seen["slots_UHw"]
+
+    def layout_for(*arguments: Any) -> Any:
+        seen["layout"] = lay(*arguments)
+        return seen["layout"]
+
+    with mock.patch.multiple(triton_attention, select_slots=select_slots, layout_for=layout_for):
+        yield seen
+
+
+def expected_of(wide: dict[str, Tensor], rank: Tensor, score: str, cache: dict[str, Any]) -> tuple[Tensor, Tensor]:
+    """(o, exact scores) in float64, the cache chosen by the scores `rank` [B, T, H] that were found."""
+    tokens = {n: wide[n] for n in ("q", "k", "v", "log_decay", "beta")}
+    o_state, written, _ = gated_delta_rule(**tokens, cu_seqlens=cache["cu_seqlens"], backend="torch")
+    o_cache, _ = exact_read(**{n: wide[n] for n in ("q", "k", "v", "gamma_q", "gamma_k", "sink")}, **cache,
+                            score=rank.double(), backend="torch")
+    cuts = segments_of(rank, cache["cu_seqlens"])
+    exact = rank_tokens(score, written, wide["v"], wide["beta"], cuts, torch.zeros_like(cuts[1:]))
+    return combine(o_state, o_cache, wide["gate"]), exact
+
+
+def misplaced(chosen_UHw: Tensor, rank: Tensor, cache: dict[str, Any]) -> float:
+    """How far a token that only one side chose is from the least score kept, as a share of that; rank [B, T, H]."""
+    want_UHw = select_cache(score=rank, block=cache["block"], slots=cache["slots"], cu_seqlens=cache["cu_seqlens"],
+                            backend="torch")
+    rank_HM = rank.flatten(0, 1).T
+    units, heads, tokens = want_UHw.shape[0], *rank_HM.shape
+
+    def taken(rows_UHw: Tensor) -> Tensor:
+        at_UHw = torch.where(rows_UHw < 0, tokens, rows_UHw.long())
+        nowhere = torch.zeros(units, heads, tokens + 1, dtype=torch.bool, device=rank.device)
+        return nowhere.scatter_(2, at_UHw, True)[..., :-1]
+
+    want_UHM = taken(want_UHw)
+    odd_UHM = want_UHM ^ taken(chosen_UHw[:units])
+    least_UH1 = torch.where(want_UHM, rank_HM, torch.inf).amin(-1, keepdim=True)
+    return float(torch.where(odd_UHM, (rank_HM - least_UH1).abs() / least_UH1, 0.0).max())
+
+
+def _gradients(y: Tensor, inputs: dict[str, Tensor | None], dy: Tensor) -> dict[str, Tensor]:
+    used = {n: x for n, x in inputs.items() if x is not None}
+    return dict(zip(used, torch.autograd.grad(y, list(used.values()), dy.to(y.dtype)), strict=True))
