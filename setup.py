@@ -10,10 +10,10 @@ EXTRAS = {
     # needs a CUDA build of torch and `--no-build-isolation`; 2.13 to 2.16 do not load beside cuBLAS 13.1
     "te": ["transformer-engine[pytorch,core_cu13]>=2.17"],
     "muon": ["emerging-optimizers>=0.3,<0.4"],
-    "deepspeed": ["deepspeed>=0.19"],
+    "deepspeed": ["deepspeed>=0.19,<0.20"],
     "eval": ["lm-eval[hf]>=0.4.9"],
     "wandb": ["wandb"],
-    "dev": ["pytest>=8", "pytest-timeout", "ruff>=0.9", "emerging-optimizers>=0.3,<0.4"],
+    "dev": ["pytest>=8", "pytest-timeout", "ruff>=0.9", "emerging-optimizers>=0.3,<0.4", "deepspeed>=0.19,<0.20"],
 }
 
 setup(

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import importlib.util
 import json
 import re
 from collections.abc import Iterator
@@ -77,9 +78,9 @@ class ModelConfig:
     cache: CacheConfig = Field(default_factory=CacheConfig, description="exact memory of H layers")
     moe: MoeConfig = Field(default_factory=MoeConfig, description="experts in place of MLPs")
     backend: Literal["auto", "reference", "torch", "triton"] = Field(
-        "auto", description="our kernels: those of H and G layers, of the MLP and of the loss")
+        "auto", description="our kernels: those of H and G layers, of norms, of the MLP and of the loss")
     layer_spec: Literal["auto", "local", "te"] = Field(
-        "auto", description="linear layers and norms: Megatron's own, or Transformer Engine's; auto takes te on a GPU")
+        "auto", description="linear layers: Megatron's own, or Transformer Engine's; auto takes te on a GPU")
 
     @property
     def layer_kinds(self) -> str:
@@ -167,6 +168,8 @@ class ParallelConfig:
     expert: int = Field(1, ge=1, description=(
         "ranks that share a layer's experts, each holding some of them whole; of tensor, context and data ranks"))
     distributed_optimizer: bool = Field(True, description="cut optimizer state over data-parallel ranks")
+    zero_stage: Literal[1, 2, 3] = Field(1, description=(
+        "engine deepspeed: what is cut over data ranks: 1 the optimizer's state, 2 gradients as well; 3 is refused"))
     overlap: bool = Field(True, description="reduce gradients and gather parameters while computing")
     timeout_minutes: float = Field(30.0, gt=0, description="a collective that waits longer ends the run")
     hang_seconds: float | None = Field(900.0, gt=0, description=(
@@ -232,6 +235,8 @@ class Recipe:
 
     name: str = Field(pattern=r"^[A-Za-z0-9_.-]+$", description="names the run folder")
     run_dir: str | None = Field(None, description="run folder; null for runs/NAME")
+    engine: Literal["megatron", "deepspeed"] = Field("megatron", description=(
+        "what reduces gradients and updates weights: Megatron-core, or DeepSpeed's ZeRO around the same model"))
     model: ModelConfig
     data: DataConfig
     train: TrainConfig
@@ -314,7 +319,8 @@ def check_recipe(recipe: Recipe, world_size: int | None = None) -> list[str]:
     if recipe.fp8.recipe is not None:
         problems += _check_fp8(recipe)
     problems += _check_experts(recipe)
-    if train.optimizer == "muon" and parallel.distributed_optimizer:
+    problems += _check_engine(recipe)
+    if train.optimizer == "muon" and parallel.distributed_optimizer and recipe.engine == "megatron":
         problems.append("train.optimizer: muon needs whole matrices on every data rank; set "
                         "parallel.distributed_optimizer=false")
     if recipe.guard.warmup > recipe.guard.window:
@@ -414,6 +420,38 @@ def _check_experts(recipe: Recipe) -> list[str]:
     if recipe.train.optimizer == "muon":
         problems.append("train.optimizer: muon is not possible with model.moe.experts; set it to adamw")
     return problems
+
+
+def _check_engine(recipe: Recipe) -> list[str]:
+    """What DeepSpeed's ZeRO cannot do here, and what is nothing without it."""
+    parallel = recipe.parallel
+    if recipe.engine == "megatron":
+        if parallel.zero_stage == 1:
+            return []
+        return [f"parallel.zero_stage: {parallel.zero_stage} belongs to engine = deepspeed; set it to 1, or engine to "
+                "deepspeed"]
+    problems = []
+    if parallel.zero_stage == 3:
+        problems.append("parallel.zero_stage: 3 is not possible: the loss uses the output projection outside its own "
+                        "module, and checkpoints do not know stage 3's pieces of weights; set it to 1 or 2")
+    only = [("parallel.pipeline", parallel.pipeline, 1), ("parallel.virtual_pipeline", parallel.virtual_pipeline, 1),
+            ("parallel.expert", parallel.expert, 1), ("parallel.distributed_optimizer", parallel.distributed_optimizer,
+                                                      True), ("model.moe.experts", recipe.model.moe.experts, None),
+            ("train.optimizer", recipe.train.optimizer, "adamw"), ("fp8.recipe", recipe.fp8.recipe, None)]
+    for path, value, allowed in only:
+        if value != allowed:
+            given, wanted = (json.dumps(x).strip('"') for x in (value, allowed))
+            problems.append(f"{path}: {given} is not possible with engine = deepspeed; set it to {wanted}, or "
+                            "engine to megatron")
+    return problems
+
+
+def missing_packages(recipe: Recipe) -> list[str]:
+    """Packages that this recipe needs and this Python lacks."""
+    if recipe.engine == "deepspeed" and importlib.util.find_spec("deepspeed") is None:
+        return ["engine: deepspeed needs the package deepspeed, which is not installed; install it (pip install -e "
+                "'.[deepspeed]'), or set engine=megatron"]
+    return []
 
 
 def data_ranks(recipe: Recipe, world_size: int) -> int:

@@ -12,7 +12,7 @@ from hola_megatron.checkpoint.folder import list_steps, newest_usable, open_chec
 from hola_megatron.checkpoint.save_load import load
 from hola_megatron.config import Recipe, micro_batches
 from hola_megatron.data.stream import BatchLoader
-from hola_megatron.engine.megatron import MegatronEngine
+from hola_megatron.engine.base import Engine, build_engine
 from hola_megatron.errors import CheckpointError
 from hola_megatron.monitor.incident import first_nonfinite, read_incident
 from hola_megatron.parallel.groups import Layout, start
@@ -24,7 +24,7 @@ def replay(recipe: Recipe, folder: Path) -> None:
     steps = read_incident(folder)
     layout = start(recipe)
     data = open_data(recipe)
-    engine = MegatronEngine(recipe, layout)
+    engine = build_engine(recipe, layout)
     _load_state(recipe, layout, engine, folder, steps[0].step)
     for bad in steps:
         loader = BatchLoader(
@@ -40,7 +40,7 @@ def replay(recipe: Recipe, folder: Path) -> None:
                   f"first non-finite: {place or 'none'}", flush=True)
 
 
-def _load_state(recipe: Recipe, layout: Layout, engine: MegatronEngine, folder: Path, step: int) -> None:
+def _load_state(recipe: Recipe, layout: Layout, engine: Engine, folder: Path, step: int) -> None:
     """The state kept with the incident; without one, the newest checkpoint before it, and that is said."""
     kept = list_steps(folder)
     if kept:

@@ -17,7 +17,7 @@ from hola_megatron.checkpoint.writer import refusal
 from hola_megatron.config import Recipe, micro_batches
 from hola_megatron.data.stream import Batch, BatchLoader, Mixture, PackedDataset, check_tokenizer, eval_batches
 from hola_megatron.data.tokenizer import Tokenizer, load_tokenizer
-from hola_megatron.engine.megatron import MegatronEngine, StepResult
+from hola_megatron.engine.base import Engine, StepResult, build_engine
 from hola_megatron.errors import CheckpointError, DataError, DivergedError, Interrupted
 from hola_megatron.model.flops import flops_per_token, peak_flops
 from hola_megatron.monitor import console, memory_health
@@ -52,7 +52,7 @@ def train(recipe: Recipe, *, new: bool = False, allow_change: bool = False) -> N
     layout = start(recipe)
     data = open_data(recipe)
     resume = open_run_folder(recipe, layout, data.fingerprint, new=new, allow_change=allow_change)
-    engine = MegatronEngine(recipe, layout)
+    engine = build_engine(recipe, layout)
     state = TrainerState(step=0, samples=0)
     if resume:
         state = resume.state(load(engine, resume.checkpoint))
@@ -66,7 +66,7 @@ def train(recipe: Recipe, *, new: bool = False, allow_change: bool = False) -> N
 class Run:
     """The loop and what hangs on it."""
 
-    def __init__(self, recipe: Recipe, layout: Layout, engine: MegatronEngine, data: Data, state: TrainerState):
+    def __init__(self, recipe: Recipe, layout: Layout, engine: Engine, data: Data, state: TrainerState):
         self.recipe, self.layout, self.engine, self.data, self.state = recipe, layout, engine, data, state
         self.metrics = Metrics(recipe, recipe.folder, state.step) if layout.is_main else None
         self.signal = StopSignal()

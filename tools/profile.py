@@ -43,12 +43,13 @@ def main() -> None:
     if args.sweep:
         sweep(args)
         return
+    recipe = load_recipe(args.recipe, args.overrides)  # a mistake in it is told before imports that cost seconds
     from hola_megatron.monitor.profiler import ProfileOptions, profile_recipe
     from hola_megatron.parallel.groups import stop
 
     options = ProfileOptions(steps=args.steps, warmup=args.warmup, micro_batches=args.micro_batches,
                              real_data=args.data, trace=args.trace, json_path=args.json, markdown_path=args.markdown)
-    profile_recipe(load_recipe(args.recipe, args.overrides), options)
+    profile_recipe(recipe, options)
     stop()
 
 

@@ -24,7 +24,7 @@ from torch import Tensor
 from hola_megatron.checkpoint.folder import FORMAT, Checkpoint, start_writing
 from hola_megatron.checkpoint.tensors import TensorReader, shard_entry
 from hola_megatron.checkpoint.writer import BackgroundWriter, Held, refusal
-from hola_megatron.engine.megatron import MegatronEngine
+from hola_megatron.engine.base import Engine
 from hola_megatron.errors import CheckpointError
 from hola_megatron.model.parameters import Piece
 from hola_megatron.parallel.groups import on_main
@@ -46,7 +46,7 @@ class TrainerState:
 class Saver:
     """Begins checkpoints of an engine, one at a time; host buffers are kept for the next one."""
 
-    def __init__(self, engine: MegatronEngine):
+    def __init__(self, engine: Engine):
         self.engine = engine
         self.writer = BackgroundWriter(engine.layout.rank, engine.layout.world)
         self._buffers: dict[tuple[str, str], Tensor] = {}
@@ -113,7 +113,7 @@ class Saver:
         return buffer.copy_(value)
 
 
-def load(engine: MegatronEngine, checkpoint: Checkpoint) -> TrainerState:
+def load(engine: Engine, checkpoint: Checkpoint) -> TrainerState:
     """Restore this rank's share of weights and optimizer; works for any layout the model can have."""
     readers = {kind: TensorReader(checkpoint.path, checkpoint.manifest["tensors"][kind]) for kind in KINDS}
     _check_shapes(engine.parameter_pieces(), readers["weight"])
@@ -136,7 +136,7 @@ def load(engine: MegatronEngine, checkpoint: Checkpoint) -> TrainerState:
     return TrainerState(**trainer)
 
 
-def state_hash(engine: MegatronEngine) -> str:
+def state_hash(engine: Engine) -> str:
     """sha256 over every logical weight and moment of the whole run: equal states, equal hashes, at any layout.
 
     Puts whole tensors together on rank 0; meant for tests and small models.
@@ -163,7 +163,7 @@ def state_hash(engine: MegatronEngine) -> str:
     return digest.hexdigest()
 
 
-def _manifest(engine: MegatronEngine, state: TrainerState) -> dict[str, Any]:
+def _manifest(engine: Engine, state: TrainerState) -> dict[str, Any]:
     """What the manifest says besides files and tensors."""
     layout = engine.layout
     return {
@@ -184,12 +184,12 @@ def _check_shapes(wanted: list[Piece], stored: TensorReader) -> None:
                               "use the recipe it was made with")
 
 
-def _besides(engine: MegatronEngine) -> dict[str, dict[str, Tensor]]:
+def _besides(engine: Engine) -> dict[str, dict[str, Tensor]]:
     """What a resume needs beside parameters and moments, the same on every rank of a pipeline stage."""
     return {"fp8": engine.fp8_tensors(), "router": engine.router_biases()}
 
 
-def _check_moments(engine: MegatronEngine, stored: dict[str, TensorReader], used: bool) -> None:
+def _check_moments(engine: Engine, stored: dict[str, TensorReader], used: bool) -> None:
     """used: the optimizer has moved; imported weights come with zero moments that suit any."""
     for piece in engine.parameter_pieces():
         wanted = engine.state.kinds(piece.parameter)

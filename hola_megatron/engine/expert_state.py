@@ -16,7 +16,7 @@ from megatron.core import parallel_state
 from torch import Tensor, nn
 
 from hola_megatron.engine.optimizer_state import OptimizerState
-from hola_megatron.model.parameters import public_module_name
+from hola_megatron.model.parameters import public_module_name, unwrapped
 
 
 class OptimizerStates:
@@ -73,7 +73,7 @@ def restore_biases(chunks: list[nn.Module], stored: dict[str, Tensor]) -> None:
 
 def _routers(chunks: list[nn.Module]) -> Iterator[tuple[str, Tensor]]:
     for chunk in chunks:
-        whole = chunk.module if hasattr(chunk, "ddp_config") else chunk
+        whole = unwrapped(chunk)
         for name, module in whole.named_modules():
             if getattr(module, "expert_bias", None) is not None:
                 yield f"{public_module_name(name, whole)}.expert_bias", module.expert_bias

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hola_megatron.model.parameters import public_module_name
+from hola_megatron.model.parameters import public_module_name, unwrapped
 
 STATES = (("scaling_fwd", "scale"), ("scaling_fwd", "amax_history"), ("scaling_bwd", "scale"),
           ("scaling_bwd", "amax_history"))
@@ -59,7 +59,7 @@ def restore_fp8(chunks: list[nn.Module], recipe: Any, stored: dict[str, Tensor])
 def _quantized(chunks: list[nn.Module]) -> Iterator[tuple[str, Any]]:
     """(public name, module) of Transformer Engine's linears."""
     for chunk in chunks:
-        whole = chunk.module if hasattr(chunk, "ddp_config") else chunk
+        whole = unwrapped(chunk)
         for name, module in whole.named_modules():
             if name.startswith("decoder.layers.") and hasattr(module, "fp8_meta") and hasattr(module, "weight"):
                 yield public_module_name(name, whole), module

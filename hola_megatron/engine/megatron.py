@@ -1,91 +1,38 @@
-"""The Megatron engine: model, data parallelism, optimizer and schedule behind five verbs.
-
-    engine = MegatronEngine(recipe, layout)
-    result = engine.train_step(batches, learning_rate)     # forward, backward, reduce, clip, update
-    total, tokens = engine.evaluate(batches)               # summed loss, no gradients
-    logits = engine.next_logits(tokens)                    # of the token after the last
-    engine.parameter_groups()                              # for checkpoints: every slice this rank holds
-"""
+"""The Megatron engine: Megatron-core's data parallelism, optimizers and pipeline schedules around the model."""
 
 from __future__ import annotations
 
-import math
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+from megatron.core.models.gpt import GPTModel
 from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
-from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
-from hola_kernels.transfer import sent
-from hola_megatron.config import Recipe, least_part
-from hola_megatron.data.stream import Batch
 from hola_megatron.engine.adam import use_group_step_adam
-from hola_megatron.engine.expert_state import optimizer_state, restore_biases, router_biases
+from hola_megatron.engine.base import Engine
+from hola_megatron.engine.expert_state import optimizer_state
 from hola_megatron.engine.fp8_state import fp8_tensors, restore_fp8
 from hola_megatron.engine.muon import muon_optimizer
-from hola_megatron.model.build import build_model
-from hola_megatron.model.documents import Documents
-from hola_megatron.model.logits import logits_copies, piece_rows
-from hola_megatron.model.loss import summed_loss
-from hola_megatron.model.parameters import Piece, pieces
-from hola_megatron.parallel.groups import Layout
 
 
-@dataclass(frozen=True)
-class StepResult:
-    """What one step did, the same on every rank."""
+class MegatronEngine(Engine):
+    """Every layout that Megatron-core has: data, tensor, sequence, context, expert and pipeline parallel."""
 
-    loss: float
-    grad_norm: float
-    tokens: int
-    problem: str | None = None
-
-    @property
-    def updated(self) -> bool:
-        return self.problem is None
-
-
-Judge = Callable[[float, float], str | None]
-
-
-def not_finite(loss: float, grad_norm: float) -> str | None:
-    """The judge that only refuses numbers that are none."""
-    if math.isfinite(loss) and math.isfinite(grad_norm):
-        return None
-    return f"loss {loss} or grad_norm {grad_norm} is not finite"
-
-
-class MegatronEngine:
-    """One rank's share of model and optimizer."""
-
-    def __init__(self, recipe: Recipe, layout: Layout):
-        self.recipe, self.layout = recipe, layout
+    def _wrap(self, chunks: list[GPTModel]) -> None:
         self.adam = use_group_step_adam()
-        chunks = build_model(recipe, device=layout.device)
-        self.config = chunks[0].config
         self.model = [self._data_parallel(chunk) for chunk in chunks]
         self.optimizer = self._build_optimizer()
+        for group in self.optimizer.param_groups:  # Megatron leaves that to its own scheduler of learning rates
+            group["weight_decay"] *= group["wd_mult"]
         self.state = optimizer_state(self.optimizer, parallel_state.get_data_parallel_group(with_context_parallel=True))
-        self.config.finalize_model_grads_func = self._finalize
-        self._work = StepTimer(layout.device)
         self.config.grad_scale_func = self.optimizer.scale_loss
         if self._overlap:
             hooks = [chunk.no_sync for chunk in self.model]
             self.config.no_sync_func = hooks if len(hooks) > 1 else hooks[0]
-
-    @property
-    def _overlap(self) -> bool:
-        return self.recipe.parallel.overlap and self.layout.data * self.layout.context > 1
 
     def _data_parallel(self, chunk: torch.nn.Module) -> DistributedDataParallel:
         sharded = self.recipe.parallel.distributed_optimizer
@@ -110,38 +57,6 @@ class MegatronEngine:
             use_distributed_optimizer=self.recipe.parallel.distributed_optimizer,
             overlap_param_gather=self._overlap and self.recipe.parallel.distributed_optimizer)
 
-    def train_step(self, batches: list[Batch], learning_rate: float, judge: Judge = not_finite) -> StepResult:
-        """One optimizer step over this rank's micro-batches.
-
-        `judge(loss, grad_norm)` says what is wrong, or None. If any rank's judge finds something, weights and
-        optimizer stay untouched on all of them and the result carries the `problem`.
-        """
-        self._work.start()
-        for chunk in self.model:
-            chunk.train()
-            chunk.zero_grad_buffer()
-        self.optimizer.zero_grad()
-        scales, biases = ({name: value.clone() for name, value in found.items()}
-                          for found in (self.fp8_tensors(), self.router_biases()))
-        sums = self._run(batches, forward_only=False)
-        self.optimizer.prepare_grads()
-        grad_norm = float(self.optimizer.get_grad_norm())
-        total, tokens = sums.tolist()  # read only now: reading waits for the device, whose queue would run empty
-        loss = total / max(tokens, 1.0)
-        problem = judge(loss, grad_norm)
-        if self._all_agree(problem is None):
-            self._update(grad_norm, learning_rate)
-        else:
-            self.restore_fp8(scales)  # these two have followed the batch already
-            self.restore_biases(biases)
-            problem = problem or "another rank found bad numbers"
-        return StepResult(loss, grad_norm, int(tokens), problem)
-
-    @property
-    def work_seconds(self) -> float:
-        """Of the last step: from its start until this rank was ready to reduce gradients over ranks."""
-        return self._work.seconds()
-
     def _finalize(self, *args: Any, **kwargs: Any) -> None:
         self._work.stop()
         finalize_model_grads(*args, **kwargs)
@@ -155,55 +70,7 @@ class MegatronEngine:
             group["lr"] = learning_rate
         self.optimizer.step_with_ready_grads()
 
-    @torch.no_grad()
-    def evaluate(self, batches: list[Batch]) -> tuple[float, int]:
-        """(summed loss, tokens) over this step's batches of all ranks, without fp8."""
-        for chunk in self.model:
-            chunk.eval()
-        with self._without_fp8():
-            total, tokens = self._run(self._whole_rounds(batches), forward_only=True).tolist()
-        return total, int(tokens)
-
-    @contextmanager
-    def _without_fp8(self) -> Iterator[None]:
-        """See the model as it is exported: in bf16, at any length, and with no trace in the scales of delayed fp8."""
-        wanted, self.config.fp8 = self.config.fp8, None
-        try:
-            yield
-        finally:
-            self.config.fp8 = wanted
-
-    def _whole_rounds(self, batches: list[Batch]) -> list[Batch]:
-        """The interleaved schedule takes multiples of the pipeline's length: fill up with batches that do not count."""
-        missing = -len(batches) % self.layout.pipeline if len(self.model) > 1 else 0
-        idle = replace(batches[-1], loss_mask=torch.zeros_like(batches[-1].loss_mask))
-        return [*batches, *[idle] * missing]
-
-    @torch.no_grad()
-    def next_logits(self, tokens: Tensor) -> Tensor:
-        """tokens [T] int64 -> float32 logits [vocab] after the last one, on every rank."""
-        for chunk in self.model:
-            chunk.eval()
-        layout = self.layout
-        # what stands behind the last token changes nothing before it; a context-parallel part has a least length
-        wanted = max(len(tokens), layout.context * least_part(self.recipe) if layout.context > 1 else 0)
-        length = -(-wanted // (layout.tensor * layout.context)) * layout.tensor
-        row = torch.nn.functional.pad(tokens, (0, length * layout.context - len(tokens)))[None].to(layout.device)
-        part, (holder, last) = row.chunk(layout.context, 1)[layout.context_rank], divmod(len(tokens) - 1, length)
-
-        def forward(_: Any, model: torch.nn.Module) -> tuple[Tensor, Any]:
-            return model(part, None, None), lambda output, non_loss_data=False: output[0, last].float()
-
-        count = self.layout.pipeline if len(self.model) > 1 else 1
-        with self._without_fp8():
-            found = get_forward_backward_func()(
-                forward_step_func=forward, data_iterator=[None] * len(self.model), model=self.model,
-                num_microbatches=count, seq_length=row.shape[1], micro_batch_size=1, forward_only=True,
-                collect_non_loss_data=True)
-        return self._whole_vocabulary(found[0] if found else None, holder)
-
     def fp8_tensors(self) -> dict[str, Tensor]:
-        """What the delayed fp8 recipe remembers, by public name; equal on all ranks of a pipeline stage."""
         return fp8_tensors(self.model) if self.recipe.fp8.recipe == "delayed" else {}
 
     def restore_fp8(self, stored: dict[str, Tensor]) -> None:
@@ -211,130 +78,3 @@ class MegatronEngine:
             from megatron.core.fp8_utils import get_fp8_recipe
 
             restore_fp8(self.model, get_fp8_recipe(self.config), stored)
-
-    def router_biases(self) -> dict[str, Tensor]:
-        """By public name; equal on all ranks of a pipeline stage."""
-        return router_biases(self.model)
-
-    def restore_biases(self, stored: dict[str, Tensor]) -> None:
-        restore_biases(self.model, stored)
-
-    def parameter_pieces(self) -> list[Piece]:
-        return pieces(self.model, self.layout.tensor_rank, self.layout.tensor)
-
-    def _run(self, batches: list[Batch], forward_only: bool) -> Tensor:
-        """[summed loss, tokens] float64 over micro-batches and data ranks."""
-        rows, length = batches[0].tokens.shape
-        packed = batches[0].cu_seqlens is not None
-        results = get_forward_backward_func()(
-            forward_step_func=self._forward,
-            # every chunk of a pipeline rank walks the same micro-batches
-            data_iterator=[iter(batches) for _ in self.model] if len(self.model) > 1 else iter(batches),
-            model=self.model if len(self.model) > 1 else self.model[0],
-            num_microbatches=len(batches),
-            seq_length=rows * length if packed else length,
-            micro_batch_size=1 if packed else rows,
-            forward_only=forward_only)
-        return self._sum_over_ranks(results)
-
-    def _forward(self, batches: Iterator[Batch], model: torch.nn.Module) -> tuple[Tensor, Any]:
-        batch, device = next(batches), self.layout.device
-        tokens, labels, mask = (sent(x, device) for x in (batch.tokens, batch.labels, batch.loss_mask))
-        documents, rank, ranks = None, self.layout.context_rank, self.layout.context
-        if batch.cu_seqlens is not None:
-            documents = Documents.from_cuts(batch.cu_seqlens, device, rank, ranks)
-            tokens, labels, mask = (x.reshape(1, -1) for x in (tokens, labels, mask))
-        # the peers of a context-parallel group read the same samples, and each keeps one part of every row
-        tokens, labels, mask = (x.chunk(ranks, 1)[rank] for x in (tokens, labels, mask))
-        rows = self._logit_rows(labels.numel())
-        if rows is None:
-            output = model(tokens, None, None, labels=labels, packed_seq_params=documents)
-            return output, partial(_masked_sum, mask)
-        output = model(tokens, None, None, labels=labels, packed_seq_params=documents, loss_mask=mask,
-                       output_processor=partial(self._loss_in_pieces, rows))
-        return output, partial(_known_sum, mask)
-
-    def _logit_rows(self, tokens: int) -> int | None:
-        """Tokens whose logits are made at once; None: of all, by Megatron's (or Transformer Engine's) own loss."""
-        model, number = self.recipe.model, self.config.params_dtype.itemsize
-        copies = logits_copies(number, self.config.cross_entropy_loss_fusion)
-        return piece_rows(tokens, model.vocab_size // self.layout.tensor, number, copies,
-                          self.recipe.train.logits_budget_gb)
-
-    def _loss_in_pieces(self, rows: int, *, hidden_states: Tensor, output_layer: Any, output_weight: Tensor | None,
-                        labels: Tensor, loss_mask: Tensor, **_: Any) -> Tensor:
-        """Megatron's model calls this in place of its output layer and loss."""
-        return summed_loss(
-            hidden=hidden_states, weight=output_layer.weight if output_weight is None else output_weight, labels=labels,
-            mask=loss_mask, rows=rows, group=parallel_state.get_tensor_model_parallel_group(),
-            sequence_parallel=self.config.sequence_parallel, backend=self.recipe.model.backend)
-
-    def _sum_over_ranks(self, results: list[dict[str, Tensor]]) -> Tensor:
-        """[summed loss, tokens] over micro-batches and data ranks, known to every pipeline stage."""
-        sums = torch.zeros(2, dtype=torch.float64, device=self.layout.device)
-        for result in results:
-            sums += result["sums"].double()
-        dist.all_reduce(sums, group=parallel_state.get_data_parallel_group(with_context_parallel=True))
-        if self.layout.pipeline > 1:
-            last = parallel_state.get_pipeline_model_parallel_last_rank()
-            dist.broadcast(sums, last, group=parallel_state.get_pipeline_model_parallel_group())
-        return sums
-
-    def _all_agree(self, fine: bool) -> bool:
-        if self.layout.world == 1:
-            return fine
-        flag = torch.tensor([0.0 if fine else 1.0], device=self.layout.device)
-        dist.all_reduce(flag, op=dist.ReduceOp.MAX)
-        return not flag.item()
-
-    def _whole_vocabulary(self, local: Tensor | None, holder: int) -> Tensor:
-        """The logits that the context-parallel rank `holder` has, put together and known to all ranks."""
-        size = self.recipe.model.vocab_size
-        if local is None:
-            local = torch.zeros(size // self.layout.tensor, device=self.layout.device)
-        if self.layout.context > 1:
-            local, group = local.contiguous(), parallel_state.get_context_parallel_group()
-            dist.broadcast(local, dist.get_global_rank(group, holder), group=group)
-        if self.layout.tensor > 1:
-            parts = [torch.empty_like(local) for _ in range(self.layout.tensor)]
-            dist.all_gather(parts, local.contiguous(), group=parallel_state.get_tensor_model_parallel_group())
-            local = torch.cat(parts)
-        if self.layout.pipeline > 1:
-            last = parallel_state.get_pipeline_model_parallel_last_rank()
-            dist.broadcast(local, last, group=parallel_state.get_pipeline_model_parallel_group())
-        return local
-
-
-class StepTimer:
-    """Seconds between two points of the work: of the GPU's stream, or of the clock without one."""
-
-    def __init__(self, device: torch.device):
-        self._cuda = device.type == "cuda"
-        self._marks: list[Any] = [torch.cuda.Event(enable_timing=True) for _ in range(2)] if self._cuda else [0.0, 0.0]
-
-    def start(self) -> None:
-        self._mark(0)
-
-    def stop(self) -> None:
-        self._mark(1)
-
-    def seconds(self) -> float:
-        """Call after the step's results have been read (the stream has passed both points then)."""
-        begin, end = self._marks
-        return begin.elapsed_time(end) / 1e3 if self._cuda else end - begin
-
-    def _mark(self, which: int) -> None:
-        if self._cuda:
-            self._marks[which].record()
-        else:
-            self._marks[which] = time.perf_counter()
-
-
-def _known_sum(mask: Tensor, total: Tensor, non_loss_data: bool = False) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-    tokens = mask.sum()
-    return total, tokens.int(), {"sums": torch.stack([total.detach().float(), tokens])}
-
-
-def _masked_sum(mask: Tensor, losses: Tensor, non_loss_data: bool = False) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-    total, tokens = (losses.float() * mask).sum(), mask.sum()
-    return total, tokens.int(), {"sums": torch.stack([total.detach(), tokens])}

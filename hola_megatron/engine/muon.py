@@ -38,6 +38,7 @@ from hola_megatron.config import TrainConfig
 from hola_megatron.engine.adam import GroupStepAdam
 from hola_megatron.errors import RecipeError
 from hola_megatron.model.mixer import AttentionMixer
+from hola_megatron.model.parameters import unwrapped
 
 UPDATE_RMS = 0.2
 COEFFICIENTS = "quintic"
@@ -139,7 +140,7 @@ def muon_optimizer(config: OptimizerConfig, chunks: list[nn.Module], train: Trai
 def matrices(chunks: list[nn.Module], ranks: int) -> Iterator[tuple[nn.Parameter, list[Matrix]]]:
     """What Muon takes of these model chunks."""
     for chunk in chunks:
-        for layer in (chunk.module if hasattr(chunk, "ddp_config") else chunk).decoder.layers:
+        for layer in unwrapped(chunk).decoder.layers:
             mixer = layer.self_attention
             model = mixer.model
             heads = (model.attention_heads if isinstance(mixer, AttentionMixer) else model.heads) // ranks

@@ -49,8 +49,9 @@ def _build_chunk(recipe: Recipe, config: HolaTransformerConfig, stage: int | Non
     for module in chunk.modules():
         if hasattr(module, "fuse_wgrad_accumulation"):
             # Transformer Engine adds weight gradients up inside its matrix products; Megatron's own output
-            # projection would want apex for the same, so the common configuration leaves it off
-            module.fuse_wgrad_accumulation = True
+            # projection would want apex for the same, so the common configuration leaves it off. DeepSpeed knows
+            # nothing of the buffers they are added to
+            module.fuse_wgrad_accumulation = recipe.engine == "megatron"
     for layer in chunk.decoder.layers:
         for weight in _gated_weights(layer.mlp):
             rows = weight.shape[0] // 2

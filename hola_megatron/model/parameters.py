@@ -94,15 +94,16 @@ class Piece:
 def pieces(model_chunks: list[nn.Module], tensor_rank: int, tensor: int) -> list[Piece]:
     """All slices held by this rank, in a fixed order; tied embeddings appear once a rank."""
     found: list[Piece] = []
-    for chunk in map(_unwrapped, model_chunks):
+    for chunk in map(unwrapped, model_chunks):
         for name, parameter in chunk.named_parameters():
             copied = name == "output_layer.weight" and chunk.share_embeddings_and_output_weights
             found += _pieces_of(_public_name(name, chunk), parameter, copied, tensor_rank, tensor)
     return found
 
 
-def _unwrapped(chunk: nn.Module) -> nn.Module:
-    return chunk.module if hasattr(chunk, "ddp_config") else chunk
+def unwrapped(chunk: nn.Module) -> nn.Module:
+    """The model inside what an engine wraps around it."""
+    return getattr(chunk, "module", chunk)
 
 
 def _public_name(name: str, chunk: nn.Module) -> str:

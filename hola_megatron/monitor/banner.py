@@ -10,14 +10,14 @@ from hola_kernels.backend import auto_backend
 from hola_megatron.checkpoint.save_load import TrainerState
 from hola_megatron.config import Recipe, micro_batches
 from hola_megatron.data.stream import Mixture
-from hola_megatron.engine.megatron import MegatronEngine
+from hola_megatron.engine.base import Engine
 from hola_megatron.model.config import choose_spec
 from hola_megatron.model.flops import flops_per_token, matmul_parameters, peak_flops
 from hola_megatron.monitor.console import code_version, device_name, short
 from hola_megatron.parallel.groups import Layout
 
 
-def print_banner(recipe: Recipe, layout: Layout, engine: MegatronEngine, mixture: Mixture,
+def print_banner(recipe: Recipe, layout: Layout, engine: Engine, mixture: Mixture,
                  state: TrainerState) -> None:
     """Print it; one rank calls this."""
     train, model = recipe.train, recipe.model

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from hola_megatron.checkpoint.folder import folder_name
 from hola_megatron.data.stream import Batch
-from hola_megatron.engine.megatron import MegatronEngine
+from hola_megatron.engine.base import Engine
 from hola_megatron.errors import RecipeError, RunFolderError
 from hola_megatron.model.parameters import place_name
 
@@ -64,7 +64,7 @@ def read_incident(folder: Path) -> list[BadStep]:
         raise RecipeError(f"--replay {folder / FILE}: cannot be read ({error})") from None
 
 
-def first_nonfinite(engine: MegatronEngine, batches: list[Batch]) -> str | None:
+def first_nonfinite(engine: Engine, batches: list[Batch]) -> str | None:
     """Where the first value that is not finite arises, the same on every rank: a weight, else the output of a
     module in the forward pass of these micro-batches, else a gradient (as the last backward pass left it)."""
     found = [(0, *_in_weights(engine)), (2, *_in_gradients(engine)), (1, *_in_forward(engine, batches))]
@@ -74,25 +74,25 @@ def first_nonfinite(engine: MegatronEngine, batches: list[Batch]) -> str | None:
     return candidates[0][2] if candidates else None
 
 
-def _in_weights(engine: MegatronEngine) -> tuple[int, str | None]:
+def _in_weights(engine: Engine) -> tuple[int, str | None]:
     for order, piece in enumerate(engine.parameter_pieces()):
         if not _finite(piece.of(piece.parameter.data)):
             return order, f"weight {piece.name}"
     return 0, None
 
 
-def _in_gradients(engine: MegatronEngine) -> tuple[int, str | None]:
+def _in_gradients(engine: Engine) -> tuple[int, str | None]:
     """The gradient of the latest layer: backward passes go from the last layer to the first."""
     stage = engine.layout.pipeline_rank
     for order, piece in enumerate(reversed(engine.parameter_pieces())):
-        gradient = getattr(piece.parameter, "main_grad", None)
+        gradient = engine.gradient(piece.parameter)
         if gradient is not None and not _finite(piece.of(gradient)):
             return order - stage * 1_000_000, f"gradient of {piece.name}"
     return 0, None
 
 
 @torch.no_grad()
-def _in_forward(engine: MegatronEngine, batches: list[Batch]) -> tuple[int, str | None]:
+def _in_forward(engine: Engine, batches: list[Batch]) -> tuple[int, str | None]:
     seen: list[str] = []
 
     def look(name: str) -> Any:

@@ -17,7 +17,7 @@ class MemoryPhases:
     """Bytes held at rest, and the most that was allocated in each phase.
 
         phases = MemoryPhases(device)
-        with phases.weights_noted():    engine = MegatronEngine(...)
+        with phases.weights_noted():    engine = build_engine(...)
         with phases.watched(engine):    engine.train_step(...)      # a step after the first: Adam's moments exist
         phases.bytes                    # {} on a machine without a GPU
     """
@@ -34,7 +34,7 @@ class MemoryPhases:
     @contextlib.contextmanager
     def weights_noted(self) -> Iterator[None]:
         """While an engine is built: what its model takes, before gradients and optimizer come."""
-        import hola_megatron.engine.megatron as engines
+        import hola_megatron.engine.base as engines
 
         def noting(build: Callable) -> Callable:
             def run(*args: Any, **kwargs: Any) -> Any:

@@ -79,12 +79,12 @@ def profile_recipe(recipe: Recipe, options: ProfileOptions) -> dict[str, Any]:
 
 
 def _measure(recipe: Recipe, layout: Layout, peak: float | None, options: ProfileOptions) -> dict[str, Any]:
-    from hola_megatron.engine.megatron import MegatronEngine
+    from hola_megatron.engine.base import build_engine
 
     began = time.perf_counter()
     memory = MemoryPhases(layout.device)
     with memory.weights_noted():
-        engine = MegatronEngine(recipe, layout)
+        engine = build_engine(recipe, layout)
     built = time.perf_counter() - began
     feed = _feed(recipe, layout, options.real_data)
     seconds = _time_steps(engine, feed, recipe, options)

@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 
 from hola_megatron.data.tokenizer import Tokenizer
-from hola_megatron.engine.megatron import MegatronEngine
+from hola_megatron.engine.base import Engine
 
 
-def sample_text(engine: MegatronEngine, tokenizer: Tokenizer, prompt: str, tokens: int, *, seed: int,
+def sample_text(engine: Engine, tokenizer: Tokenizer, prompt: str, tokens: int, *, seed: int,
                 temperature: float = 0.8) -> str:
     """Continue `prompt` by up to `tokens` tokens; every rank calls it and gets the same text.
 

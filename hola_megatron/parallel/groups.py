@@ -12,7 +12,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from hola_megatron.config import Recipe, check_recipe
+from hola_megatron.config import Recipe, check_recipe, missing_packages
 from hola_megatron.errors import RecipeError
 from hola_megatron.parallel.cpu import adapt_to_cpu
 
@@ -46,10 +46,10 @@ class Layout:
 def start(recipe: Recipe) -> Layout:
     """Join the process group that torchrun describes (alone without it) and build Megatron's groups.
 
-    Raises RecipeError when the number of processes does not fit the recipe.
+    Raises RecipeError when the number of processes does not fit the recipe, or a package it needs is missing.
     """
     world = int(os.environ.get("WORLD_SIZE", "1"))
-    problems = check_recipe(recipe, world_size=world)
+    problems = check_recipe(recipe, world_size=world) + missing_packages(recipe)
     if problems:
         raise RecipeError(problems)
     adapt_to_cpu()

@@ -13,6 +13,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from hola_megatron.config import Recipe, data_ranks, micro_batches
+from hola_megatron.errors import RecipeError
 from hola_megatron.model.logits import logits_copies, piece_rows
 from hola_megatron.plan.activations import FLOAT32, Share, Term, layer_workspace, saved_by_layer
 from hola_megatron.plan.parameters import rank_parameters, rank_products, stage_layers
@@ -48,7 +49,13 @@ class StageMemory:
 
 
 def worst_stage(recipe: Recipe, world: int) -> StageMemory:
-    """The pipeline stage that needs most, on `world` ranks (a number the layout divides)."""
+    """The pipeline stage that needs most, on `world` ranks (a number the layout divides).
+
+    RecipeError for another engine than Megatron's.
+    """
+    if recipe.engine != "megatron":
+        raise RecipeError(f"engine: {recipe.engine} is not planned, as it holds other buffers than Megatron's; plan "
+                          "with engine=megatron")
     return max((stage_memory(recipe, world, stage) for stage in range(recipe.parallel.pipeline)),
                key=lambda memory: memory.total)
 

@@ -1,7 +1,8 @@
 """A save killed at every line it executes; run by test_writing.py in a process that has no threads to fork.
 
-    python tests/checkpoint/kill_points.py
+    python tests/checkpoint/kill_points.py next|again
 
+next: the save is of a new step; again: of one that is there already, but damaged.
 Prints how many kills were survived: the old or the new checkpoint is there and whole, and the next save works.
 """
 
@@ -79,7 +80,7 @@ def run_and_die_at(line: int, action: Callable[[], None]) -> bool:
 
 
 def kill_at_every_line(root: Path, again: bool) -> int:
-    """`again`: the save is of a step that is there already, but damaged. Returns the number of kills survived."""
+    """Returns the number of kills survived."""
     survived = 0
     while True:
         shutil.rmtree(root, ignore_errors=True)
@@ -102,6 +103,5 @@ def kill_at_every_line(root: Path, again: bool) -> int:
 if __name__ == "__main__":
     memory = "/dev/shm"  # hundreds of saves are made: a folder whose fsyncs cost nothing, where there is one
     with tempfile.TemporaryDirectory(dir=memory if os.access(memory, os.W_OK) else None) as folder:
-        for again in (False, True):
-            print(f"{'over a damaged one' if again else 'next step'}: "
-                  f"{kill_at_every_line(Path(folder) / 'checkpoints', again)} kills survived")
+        survived = kill_at_every_line(Path(folder) / "checkpoints", sys.argv[1] == "again")
+        print(f"{sys.argv[1]}: {survived} kills survived")

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from checkpoint.kill_points import RANKS, held, write
-from helpers import run_program
+from helpers import start_program
 
 from hola_megatron.checkpoint.folder import FORMAT, MANIFEST, newest_usable, open_checkpoint, retire, start_writing
 from hola_megatron.checkpoint.writer import BackgroundWriter, Held, put_together, write_rank
@@ -19,10 +19,17 @@ from hola_megatron.errors import CheckpointError
 
 
 def test_killed_at_every_line_of_a_save(tmp_path):
-    """The old or the new checkpoint is there and whole, and the next save works."""
-    done = run_program(["tests/checkpoint/kill_points.py"], tmp_path / "log.txt")
-    survived = [int(n) for n in re.findall(r": (\d+) kills survived", done.output)]
-    assert done.code == 0 and len(survived) == 2 and min(survived) > 80, done.output
+    """The old or the new checkpoint is there and whole, and the next save works; both kinds of save side by side."""
+    programs = {kind: start_program(["tests/checkpoint/kill_points.py", kind], tmp_path / kind)
+                for kind in ("next", "again")}
+    try:
+        codes = [program.wait(300) for program in programs.values()]
+    finally:
+        for program in programs.values():
+            program.kill()
+    said = "".join((tmp_path / kind).read_text() for kind in programs)
+    survived = [int(n) for n in re.findall(r": (\d+) kills survived", said)]
+    assert codes == [0, 0] and len(survived) == 2 and min(survived) > 80, said
 
 
 def test_a_rank_that_died_while_another_waits_leaves_no_checkpoint(tmp_path):

@@ -83,7 +83,8 @@ def test_the_number_of_processes_may_change_at_every_restart(text_data, tmp_path
         folder.mkdir()
         recipes.append(write_recipe(
             folder / "recipe.yaml", text_data / "train", run_dir=str(folder / "run"), train__steps=8,
-            train__global_batch_size=12, train__micro_batch_size=1, checkpoint={"every": 2, "keep": 9}))
+            model__layers=2, model__pattern="HA", train__global_batch_size=12, train__micro_batch_size=1,
+            checkpoint={"every": 2, "keep": 9}))
     train(load_recipe(recipes[0]))
     for ranks, last in ((4, 2), (2, 4), (3, 6), (1, 8)):
         done = run_ranks([str(recipes[1])], folders[1] / "log.txt", ranks=ranks)

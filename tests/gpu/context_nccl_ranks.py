@@ -1,6 +1,6 @@
 """One rank of the NCCL tests of context parallelism: runs the cases of one precision and stores what it got.
 
-    python -m hola_megatron.launch --nproc-per-node 4 tests/gpu/context_nccl_ranks.py FOLDER fp32|bf16
+    python -m hola_megatron.launch --nproc-per-node 4 tests/gpu/context_nccl_ranks.py FOLDER fp32|bf16|bf16_keeps
 
 The one-rank results, on the same kernels, are made here too, each on one of the GPUs: the test only compares.
 Where the choice of cached tokens hangs on rounding (score betae), their gate is the paper's start, -4, so that one
@@ -29,7 +29,8 @@ from hola_megatron.parallel.context import OverRanks, hola_attention_over_ranks
 LENGTH = 12_000  # parts are long enough to be split into spans, and cut cache blocks
 LONG = (0, 17, 5_000, 5_001, 11_700, LENGTH)
 SHORT = (0, 1, 255, 256, 700, 1_000, 1_001, 1_500, 2_500, 3_000, 3_999, 4_000)
-PRECISIONS = {"fp32": (torch.float32, 64), "bf16": (torch.bfloat16, 256)}
+# in 16 bits and up to 128 wide the forward walk keeps states for the backward pass
+PRECISIONS = {"fp32": (torch.float32, 64), "bf16": (torch.bfloat16, 256), "bf16_keeps": (torch.bfloat16, 128)}
 
 
 def cases(precision: str, world: int) -> dict[str, Case]:

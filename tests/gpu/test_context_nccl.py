@@ -39,7 +39,7 @@ PLAIN = [entry for entry in EVERY if entry[2].endswith(("_plain", "_packed"))]
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    """Where every rank has stored what it got; both precisions at the same time, most of it is compiling kernels."""
+    """Where every rank has stored what it got; all precisions at the same time, most of it is compiling kernels."""
     folder = tmp_path_factory.mktemp("nccl")
     paths = [str(ROOT), str(ROOT / "kernels"), *filter(None, [os.environ.get("PYTHONPATH")])]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "TORCHDYNAMO_DISABLE": "1"}

@@ -17,12 +17,15 @@ import pytest
 
 SCRIPT = Path(__file__).parent / "saved_bytes.py"
 ENVIRONMENT = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "TORCHDYNAMO_DISABLE": "1"}
+# those of every second make one process, those between them another: as much work for each
 ALONE = [["model.pattern=H"], ["model.pattern=G"], ["model.pattern=A"], ["model.pattern=H", "model.decay=false"],
-         ["model.pattern=H", "data.documents=joined"], ["model.pattern=A", "data.documents=joined"],
+         ["model.pattern=A", "data.documents=joined"], ["model.pattern=H", "data.documents=joined"],
          ["model.pattern=H", "model.heads=1", "train.micro_batch_size=1"],
          ["model.pattern=A", "model.rope_theta=null"],
          ["model.pattern=H", "model.moe.experts=8", "model.moe.top_k=2", "model.moe.hidden_size=48"],
          ["model.pattern=A", "model.moe.experts=16", "model.moe.top_k=4", "model.moe.hidden_size=64"]]
+TENSOR = [["parallel.tensor=2", "parallel.sequence=true", f"model.pattern={kind}"] for kind in "HA"]
+CONTEXT = [["parallel.context=2", "train.micro_batch_size=1", f"model.pattern={kind}"] for kind in "HGA"]
 
 
 Rows = list[dict[str, float]]
@@ -62,17 +65,20 @@ def test_one_rank():
         check(cases, rows)
 
 
-@pytest.mark.distributed
-def test_over_tensor_ranks():
+@pytest.fixture(scope="module")
+def over_ranks() -> list[Rows]:
+    """TENSOR and CONTEXT on two ranks."""
     pytest.importorskip("triton")
-    cases = [["parallel.tensor=2", "parallel.sequence=true", f"model.pattern={kind}"] for kind in "HA"]
-    check(cases, saved(cases, 2)[0])
+    return saved([*TENSOR, *CONTEXT], 2)
 
 
 @pytest.mark.distributed
-def test_over_context_ranks():
+def test_over_tensor_ranks(over_ranks):
+    check(TENSOR, over_ranks[0][:len(TENSOR)])
+
+
+@pytest.mark.distributed
+def test_over_context_ranks(over_ranks):
     """The last rank is the one to which others' tokens come; softmax attention there needs a mask, on a CPU."""
-    pytest.importorskip("triton")
-    cases = [["parallel.context=2", "train.micro_batch_size=1", f"model.pattern={kind}"] for kind in "HGA"]
-    first, last = saved(cases, 2)
-    check(cases, [*last[:2], first[2]])
+    first, last = (rows[len(TENSOR):] for rows in over_ranks)
+    check(CONTEXT, [*last[:2], first[2]])

@@ -19,12 +19,12 @@ from typing import Any
 
 import torch
 
-from hola_megatron.engine import megatron
-from hola_megatron.engine.megatron import MegatronEngine
+from hola_megatron.engine import base
+from hola_megatron.engine.base import Engine
 from hola_megatron.errors import run_cli
 
-original_step = MegatronEngine.train_step
-original_sum = megatron._masked_sum
+original_step = Engine.train_step
+original_sum = base._masked_sum
 
 
 class Fault:
@@ -33,7 +33,7 @@ class Fault:
     def __init__(self, kind: str, steps: Callable[[int], bool], rank: int | None = None):
         self.kind, self.steps, self.rank, self.calls, self.now = kind, steps, rank, 0, False
 
-    def train_step(self, engine: MegatronEngine, batches: list[Any], *args: Any) -> Any:
+    def train_step(self, engine: Engine, batches: list[Any], *args: Any) -> Any:
         self.calls += 1
         self.now = self.steps(self.calls) and self.rank in (None, engine.layout.rank)
         if self.now and hasattr(self, self.kind):
@@ -61,33 +61,33 @@ class Fault:
             time.sleep(0.5)
         return total, tokens, seen
 
-    def noise(self, engine: MegatronEngine, batches: list[Any]) -> list[Any]:
+    def noise(self, engine: Engine, batches: list[Any]) -> list[Any]:
         generator = torch.Generator().manual_seed(0)
         return [dataclasses.replace(batch, **{name: torch.randint(
             0, 256, batch.tokens.shape, generator=generator) for name in ("tokens", "labels")}) for batch in batches]
 
     @torch.no_grad()
-    def nan_weight(self, engine: MegatronEngine, batches: list[Any]) -> None:
+    def nan_weight(self, engine: Engine, batches: list[Any]) -> None:
         _weight(engine)[0, 0] = torch.nan
 
-    def hang(self, engine: MegatronEngine, batches: list[Any]) -> None:
+    def hang(self, engine: Engine, batches: list[Any]) -> None:
         while True:
             time.sleep(1000)
 
-    def die(self, engine: MegatronEngine, batches: list[Any]) -> None:
+    def die(self, engine: Engine, batches: list[Any]) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
 
-    def stopped(self, engine: MegatronEngine, batches: list[Any]) -> None:
+    def stopped(self, engine: Engine, batches: list[Any]) -> None:
         os.kill(os.getpid(), signal.SIGSTOP)
 
 
-def _weight(engine: MegatronEngine) -> torch.nn.Parameter:
+def _weight(engine: Engine) -> torch.nn.Parameter:
     return dict(engine.model[0].named_parameters())["module.decoder.layers.1.mlp.linear_fc1.weight"]
 
 
 def install(fault: Fault, patch: Callable[[Any, str, Any], None] = setattr) -> None:
-    patch(MegatronEngine, "train_step", lambda engine, *args: fault.train_step(engine, *args))
-    patch(megatron, "_masked_sum", fault.masked_sum)
+    patch(Engine, "train_step", lambda engine, *args: fault.train_step(engine, *args))
+    patch(base, "_masked_sum", fault.masked_sum)
 
 
 def install_named(text: str) -> None:
