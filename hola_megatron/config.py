@@ -24,6 +24,7 @@ from pydantic.dataclasses import dataclass
 from hola_megatron.errors import RecipeError
 
 STRICT = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+GRAPH_RANKS = 1  # processes of a run with train.cuda_graph; more are not proven (docs/cuda_graph.md)
 ALIASES = {"train.lr": "train.learning_rate", "train.min_lr": "train.min_learning_rate"}
 
 
@@ -136,6 +137,9 @@ class TrainConfig:
     clip_grad_norm: float = Field(1.0, ge=0, description="global gradient norm limit; 0 for none")
     precision: Literal["fp32", "bf16"] = Field("bf16", description="weights and activations; the optimizer is fp32")
     recompute: Literal["none", "full"] = Field("none", description="activations kept, or recomputed layer by layer")
+    cuda_graph: bool = Field(False, description=(
+        "forward and backward passes of a step as one CUDA graph: for few tokens a rank, where launching takes longer "
+        "than computing; on one GPU so far, without experts and fp8"))
     logits_budget_gb: float | None = Field(2.0, gt=0, description=(
         "GB (10^9 bytes) that logits may take on a rank: where they and the loss's copy of them take more, they are "
         "made and used up a piece of tokens at a time; null: never"))
@@ -320,6 +324,8 @@ def check_recipe(recipe: Recipe, world_size: int | None = None) -> list[str]:
         problems += _check_fp8(recipe)
     problems += _check_experts(recipe)
     problems += _check_engine(recipe)
+    if train.cuda_graph:
+        problems += _check_cuda_graph(recipe, world_size)
     if train.optimizer == "muon" and parallel.distributed_optimizer and recipe.engine == "megatron":
         problems.append("train.optimizer: muon needs whole matrices on every data rank; set "
                         "parallel.distributed_optimizer=false")
@@ -443,6 +449,35 @@ def _check_engine(recipe: Recipe) -> list[str]:
             given, wanted = (json.dumps(x).strip('"') for x in (value, allowed))
             problems.append(f"{path}: {given} is not possible with engine = deepspeed; set it to {wanted}, or "
                             "engine to megatron")
+    return problems
+
+
+def _check_cuda_graph(recipe: Recipe, world_size: int | None) -> list[str]:
+    """What reads the device on the host, or depends on numbers of the very step, cannot be part of a graph."""
+    model, parallel = recipe.model, recipe.parallel
+    only = [("engine", recipe.engine, "megatron"), ("parallel.pipeline", parallel.pipeline, 1),
+            ("parallel.context", parallel.context, 1), ("model.moe.experts", model.moe.experts, None),
+            ("fp8.recipe", recipe.fp8.recipe, None)]
+    problems = []
+    for path, value, allowed in only:
+        if value != allowed:
+            given, wanted = (json.dumps(x).strip('"') for x in (value, allowed))
+            problems.append(f"{path}: {given} is not possible with train.cuda_graph; set it to {wanted}, or "
+                            "train.cuda_graph to false")
+    ours, kinds = (64, 128, 256), set(model.layer_kinds)  # widths that our Triton kernels take
+    if kinds & set("HG") and not (model.key_dim in ours and model.value_dim in ours
+                                  and model.backend in ("auto", "triton")):
+        problems.append(f"train.cuda_graph: true needs the Triton backend: model.key_dim and value_dim of {ours}, not "
+                        f"{model.key_dim} and {model.value_dim}, and model.backend auto or triton; or set it to false")
+    if "H" in kinds and model.cache.score in ("recency", "random"):
+        problems.append(f"model.cache.score: {model.cache.score} is not possible with train.cuda_graph; set it to "
+                        "betae, e or betav, or train.cuda_graph to false")
+    if recipe.data.documents == "separate" and "A" in kinds:
+        problems.append("train.cuda_graph: true is not possible where softmax attention keeps documents separate; set "
+                        "it to false, or data.documents to joined")
+    if (world_size or 1) > GRAPH_RANKS:
+        problems.append(f"train.cuda_graph: true is not possible on {world_size} ranks, on {GRAPH_RANKS} so far; set "
+                        "it to false")
     return problems
 
 

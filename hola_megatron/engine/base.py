@@ -30,6 +30,7 @@ from hola_kernels.transfer import sent
 from hola_megatron.config import Recipe, least_part
 from hola_megatron.data.stream import Batch
 from hola_megatron.engine.expert_state import restore_biases, router_biases
+from hola_megatron.engine.step_graph import StepGraph
 from hola_megatron.model.build import build_model
 from hola_megatron.model.documents import Documents
 from hola_megatron.model.logits import logits_copies, piece_rows
@@ -82,6 +83,9 @@ class Engine:
         self.config = chunks[0].config
         self.config.finalize_model_grads_func = self._finalize
         self._wrap(chunks)
+        self._graph = None
+        if recipe.train.cuda_graph:
+            self._graph = StepGraph(partial(self._passes, forward_only=False), layout.device)
 
     def _wrap(self, chunks: list[GPTModel]) -> None:
         """Build data parallelism and optimizer around the model."""
@@ -199,11 +203,23 @@ class Engine:
     def parameter_pieces(self) -> list[Piece]:
         return pieces(self.model, self.layout.tensor_rank, self.layout.tensor)
 
+    def leave_graph(self) -> None:
+        """Training steps without a CUDA graph from here on; its memory is given back."""
+        if self._graph is not None:
+            self._graph.release()
+        self._graph = None
+
     def _run(self, batches: list[Batch], forward_only: bool) -> Tensor:
         """[summed loss, tokens] float64 over micro-batches and data ranks."""
+        if forward_only or self._graph is None:
+            return self._sum_over_ranks(self._passes(batches, forward_only))
+        return self._sum_over_ranks(self._graph(batches))
+
+    def _passes(self, batches: list[Batch], forward_only: bool) -> list[dict[str, Tensor]]:
+        """Of every micro-batch; gradients are reduced when this returns."""
         rows, length = batches[0].tokens.shape
         packed = batches[0].cu_seqlens is not None
-        results = get_forward_backward_func()(
+        return get_forward_backward_func()(
             forward_step_func=self._forward,
             # every chunk of a pipeline rank walks the same micro-batches
             data_iterator=[iter(batches) for _ in self.model] if len(self.model) > 1 else iter(batches),
@@ -212,14 +228,15 @@ class Engine:
             seq_length=rows * length if packed else length,
             micro_batch_size=1 if packed else rows,
             forward_only=forward_only)
-        return self._sum_over_ranks(results)
 
     def _forward(self, batches: Iterator[Batch], model: torch.nn.Module) -> tuple[Tensor, Any]:
         batch, device = next(batches), self.layout.device
         tokens, labels, mask = (sent(x, device) for x in (batch.tokens, batch.labels, batch.loss_mask))
         documents, rank, ranks = None, self.layout.context_rank, self.layout.context
         if batch.cu_seqlens is not None:
-            documents = Documents.from_cuts(batch.cu_seqlens, device, rank, ranks)
+            in_graph = batch.cu_seqlens.is_cuda  # `StepGraph` lays them there
+            documents = (Documents.bounded(batch.cu_seqlens, tokens.shape[1]) if in_graph
+                         else Documents.from_cuts(batch.cu_seqlens, device, rank, ranks))
             tokens, labels, mask = (x.reshape(1, -1) for x in (tokens, labels, mask))
         # the peers of a context-parallel group read the same samples, and each keeps one part of every row
         tokens, labels, mask = (x.chunk(ranks, 1)[rank] for x in (tokens, labels, mask))
@@ -298,7 +315,10 @@ class StepTimer:
 
     def __init__(self, device: torch.device):
         self._cuda = device.type == "cuda"
-        self._marks: list[Any] = [torch.cuda.Event(enable_timing=True) for _ in range(2)] if self._cuda else [0.0, 0.0]
+        # external: marked again whenever a graph that they were marked in is replayed
+        self._marks: list[Any] = [0.0, 0.0]
+        if self._cuda:
+            self._marks = [torch.cuda.Event(enable_timing=True, external=True) for _ in range(2)]
 
     def start(self) -> None:
         self._mark(0)

@@ -104,8 +104,8 @@ class Mixer(MegatronModule):
                 packed_seq_params: Documents | None = None, **_: Any) -> tuple[Tensor, Tensor | None]:
         """hidden_states [S (/ tensor ranks under sequence parallel), B, D] -> the same shape, and no bias."""
         projected, _ = self.in_proj(hidden_states)
-        cuts = None if packed_seq_params is None else packed_seq_params.cuts
-        mixed_BSF = self.mix(projected.transpose(0, 1), cuts, self._over_ranks(projected.shape[0], packed_seq_params))
+        over = self._over_ranks(projected.shape[0], packed_seq_params)
+        mixed_BSF = self.mix(projected.transpose(0, 1), packed_seq_params, over)
         return self.out_proj(mixed_BSF.transpose(0, 1).contiguous())
 
     def _over_ranks(self, tokens: int, documents: Documents | None) -> OverRanks | None:
@@ -116,7 +116,7 @@ class Mixer(MegatronModule):
         part = documents.part if documents else Part.of_rows(tokens, self.cp_group.rank(), ranks)
         return OverRanks(part, self.cp_group)
 
-    def mix(self, projected_BSF: Tensor, cuts: Tensor | None, over: OverRanks | None) -> Tensor:
+    def mix(self, projected_BSF: Tensor, documents: Documents | None, over: OverRanks | None) -> Tensor:
         """Mix over time: the sections of every token [B, S, sum of sections] -> [B, S, H * V]."""
         raise NotImplementedError
 
@@ -149,13 +149,15 @@ class DeltaMixer(Mixer):
             if model.cache.sink:
                 self.sink = self._per_head(heads, dtype=torch.float32)
 
-    def mix(self, projected_BSF: Tensor, cuts: Tensor | None, over: OverRanks | None) -> Tensor:
-        model = self.model
+    def mix(self, projected_BSF: Tensor, documents: Documents | None, over: OverRanks | None) -> Tensor:
+        model, cuts = self.model, _cuts_of(documents)
         tokens, out_gate, gate_room, maps = self._tokens(projected_BSF, cuts, over)
         if self.observer is not None:
             self.observer(self, tokens, cuts, over)
         if over is None:
             remember, keep_state, where = hola_attention, gated_delta_rule, {"cu_seqlens": cuts}
+            if documents is not None:
+                where["max_seqlen"] = documents.longest
         else:
             remember, keep_state = hola_attention_over_ranks, gated_delta_over_ranks
             where = {"over": over, "maps": maps}
@@ -213,7 +215,8 @@ class AttentionMixer(Mixer):
         rows = model.attention_heads // self.tp_size * self.head_dim
         self._build_projections(submodules, {"q": rows, "k": rows, "v": rows}, rows)
 
-    def mix(self, projected_BSF: Tensor, cuts: Tensor | None, over: OverRanks | None) -> Tensor:
+    def mix(self, projected_BSF: Tensor, documents: Documents | None, over: OverRanks | None) -> Tensor:
+        cuts = _cuts_of(documents)
         q, k, v = (self._split_heads(x, self.head_dim) for x in projected_BSF.split(self.sections, -1)[:3])
         if self.model.rope_theta is not None:
             q, k = rotate(q, k, self.model.rope_theta, cuts, over.part.before if over else 0)
@@ -224,6 +227,10 @@ class AttentionMixer(Mixer):
         lengths = [n for n in cuts.diff().tolist() if n]
         parts = zip(*(x.split(lengths, 1) for x in (q, k, v)), strict=True)
         return torch.cat([_causal_attention(*part) for part in parts], 1).flatten(-2)
+
+
+def _cuts_of(documents: Documents | None) -> Tensor | None:
+    return None if documents is None else documents.cuts
 
 
 def _causal_attention(q_BSHK: Tensor, k_BSHK: Tensor, v_BSHK: Tensor) -> Tensor:

@@ -91,11 +91,12 @@ def _measure(recipe: Recipe, layout: Layout, peak: float | None, options: Profil
     numbers = _speed(recipe, layout, peak, seconds, options) | {
         "adam": engine.adam, "build_s": built, "first_step_s": seconds[0].total,
         "memory_gb": memory_gb(layout.device)[0]}
+    busy = _busy_share(engine, feed, recipe) if options.parts and memory.measured else None
+    engine.leave_graph()  # neither phases nor parts can be told in a graph
     with memory.watched(engine):
         engine.train_step(feed(), recipe.train.learning_rate)
     numbers["memory"] = _most_over_ranks(memory.bytes, layout)
     if options.parts:
-        busy = _busy_share(engine, feed, recipe) if memory.measured else None
         numbers |= _parts(_trace_one_step(engine, feed, recipe, options), numbers, busy)
     return numbers
 

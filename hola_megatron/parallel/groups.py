@@ -5,9 +5,10 @@ from __future__ import annotations
 import datetime
 import logging
 import os
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -54,6 +55,8 @@ def start(recipe: Recipe) -> Layout:
         raise RecipeError(problems)
     adapt_to_cpu()
     device = _pick_device()
+    if recipe.train.cuda_graph and device.type != "cuda":
+        raise RecipeError("train.cuda_graph: true needs a GPU, and this process sees none; set it to false")
     if not dist.is_initialized():
         _join(device, world, recipe.parallel.timeout_minutes)
     from megatron.core import parallel_state
@@ -104,8 +107,24 @@ def on_main(layout: Layout, action: Callable[[], Any]) -> Any:
     return box[0]
 
 
+class HoldsCommunicators(Protocol):
+    """Something that process groups cannot be left with."""
+
+    def release(self) -> None: ...
+
+
+_held: weakref.WeakSet[HoldsCommunicators] = weakref.WeakSet()
+
+
+def release_at_stop(holder: HoldsCommunicators) -> None:
+    """`stop` will call its `release` if it is still alive then."""
+    _held.add(holder)
+
+
 def stop() -> None:
     """Leave the process groups; safe to call twice."""
+    for holder in list(_held):
+        holder.release()
     if dist.is_initialized():
         from megatron.core import parallel_state
 

@@ -15,14 +15,14 @@ import torch
 from torch import Tensor
 
 from hola_kernels.backend import choose_backend
-from hola_kernels.checks import check_memory, check_tokens, segments_of
+from hola_kernels.checks import check_max_seqlen, check_memory, check_tokens, segments_of
 from hola_kernels.errors import KernelError
 from hola_kernels.exact_cache import exact_read
 from hola_kernels.exact_cache.read_configs import read_refusal
 from hola_kernels.gated_delta import gated_delta_rule, triton_refusal
 from hola_kernels.gated_delta.step import gated_delta_step
 from hola_kernels.norms import compute_dtype, read_normalize
-from hola_kernels.segments import dense_cu_seqlens
+from hola_kernels.segments import rows_as_segments
 from hola_kernels.state import HolaState
 
 SCORES = ("betae", "e", "betav", "recency", "random")
@@ -32,29 +32,33 @@ READ_NORMS = ("rms", "l2")
 def hola_attention(*, q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, beta: Tensor, gamma_q: Tensor,
                    gamma_k: Tensor, gate: Tensor, sink: Tensor | None, block: int = 256, slots: int = 64,
                    score: str = "betae", read_norm: str = "rms", cu_seqlens: Tensor | None = None,
-                   state: HolaState | None = None, return_state: bool = False,
-                   backend: str = "auto") -> Tensor | tuple[Tensor, HolaState]:
+                   max_seqlen: int | None = None, state: HolaState | None = None,
+                   return_state: bool = False, backend: str = "auto") -> Tensor | tuple[Tensor, HolaState]:
     """The HOLA token mixer after the projections, before the output norm.
 
     q, k [B, T, H, K], v [B, T, H, V]: after convolution and SiLU, not normalised (both norms happen here).
     log_decay [B, T, H] = log alpha <= 0; beta [B, T, H] in (0, 1); gamma_q, gamma_k [K];
     gate [H] (its sigmoid weighs the exact read); sink [H] a logit, or None for no sink.
     cu_seqlens [N + 1]: packed documents, B = 1. state: the memory of N sequences (N = B without cu_seqlens).
+    max_seqlen: no document is longer. With it the Triton backend reads no cut on the host: cu_seqlens lies on the GPU,
+    the tables are made there, as long as the shapes can ask for, and a CUDA graph of the call serves any cuts of N
+    documents (the last ones may be empty). A value too low costs speed, nothing else.
     score: what the cache ranks by, "betae" (the paper's) or an ablation; read_norm: "rms" sharp, "l2" flat.
 
     Returns o [B, T, H, V] in v's dtype, and with return_state the memory after the last token.
     Raises KernelError naming the argument that does not fit.
     """
     check_tokens(q, k, v, log_decay, beta, cu_seqlens)
+    check_max_seqlen(max_seqlen, cu_seqlens)
     _check_choices(score, read_norm)
     cuts = segments_of(q, cu_seqlens)
     if state is None and not return_state and is_fused(backend, score, q, k, v):
         return _fused(q, k, v, log_decay, beta, gamma_q, gamma_k, gate, sink, block, slots, score, read_norm,
-                      cu_seqlens, cuts)
+                      cu_seqlens, cuts, max_seqlen)
     memory = check_memory(state, cuts.numel() - 1, k, v, block, slots)
     o_state, written, final_state = gated_delta_rule(
-        q=q, k=k, v=v, log_decay=log_decay, beta=beta, cu_seqlens=cu_seqlens, initial_state=memory.state,
-        backend=backend)
+        q=q, k=k, v=v, log_decay=log_decay, beta=beta, cu_seqlens=cu_seqlens, max_seqlen=max_seqlen,
+        initial_state=memory.state, backend=backend)
     rank = rank_tokens(score, written, v, beta, cuts, memory.length)
     o_cache, after = exact_read(
         q=q, k=k, v=v, score=rank, gamma_q=gamma_q, gamma_k=gamma_k, sink=sink, block=block, slots=slots,
@@ -98,17 +102,18 @@ def is_fused(backend: str, score: str, q: Tensor, k: Tensor, v: Tensor) -> bool:
 
 def _fused(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, beta: Tensor, gamma_q: Tensor, gamma_k: Tensor,
            gate: Tensor, sink: Tensor | None, block: int, slots: int, score: str, read_norm: str,
-           cu_seqlens: Tensor | None, cuts: Tensor) -> Tensor:
+           cu_seqlens: Tensor | None, cuts: Tensor, max_seqlen: int | None) -> Tensor:
     from hola_kernels.triton_attention import hola_attention_triton  # on first use: triton may be missing
 
     if block < 1 or slots < 1:
         raise KernelError(f"block = {block} and slots = {slots} must be at least 1")
     dense = cu_seqlens is None
-    host = dense_cu_seqlens(q.shape[0], q.shape[1], torch.device("cpu")) if dense else cu_seqlens
+    host = rows_as_segments(q.shape[0], q.shape[1], torch.device("cpu")) if dense else cu_seqlens
     o = hola_attention_triton(
         q_MHK=q.flatten(0, 1), k_MHK=k.flatten(0, 1), v_MHV=v.flatten(0, 1), log_decay_MH=log_decay.flatten(0, 1),
         beta_MH=beta.flatten(0, 1), gamma_q=gamma_q, gamma_k=gamma_k, gate_H=gate, sink_H=sink, block=block,
-        slots=slots, score=score, read_norm=read_norm, cu_seqlens=host, cuts=cuts, dense=dense)
+        slots=slots, score=score, read_norm=read_norm, cu_seqlens=host, cuts=cuts, dense=dense,
+        max_seqlen=max_seqlen)
     return o.view(v.shape)
 
 

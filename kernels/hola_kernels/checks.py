@@ -7,7 +7,7 @@ from torch import Tensor
 
 from hola_kernels.errors import KernelError
 from hola_kernels.memo import remember
-from hola_kernels.segments import dense_cu_seqlens
+from hola_kernels.segments import rows_as_segments
 from hola_kernels.state import HolaState
 from hola_kernels.transfer import sent
 
@@ -35,9 +35,16 @@ def check_cu_seqlens(x: Tensor, cu_seqlens: Tensor | None) -> None:
         raise KernelError(f"cu_seqlens must be integers rising from 0 to T = {x.shape[1]}, at least two")
 
 
+def check_max_seqlen(max_seqlen: int | None, cu_seqlens: Tensor | None) -> None:
+    if max_seqlen is not None and (cu_seqlens is None or max_seqlen < 1):
+        raise KernelError(f"max_seqlen = {max_seqlen} must be at least 1 and comes with cu_seqlens; leave it out")
+
+
 def _are_cuts(cu_seqlens: Tensor, tokens: int) -> bool:
     if cu_seqlens.ndim != 1 or cu_seqlens.is_floating_point() or cu_seqlens.numel() < 2:
         return False
+    if cu_seqlens.is_cuda and torch.cuda.is_current_stream_capturing():
+        return True  # its numbers are those of the replay, which nobody can read here
     return int(cu_seqlens[0]) == 0 and int(cu_seqlens[-1]) == tokens and not bool((cu_seqlens.diff() < 0).any())
 
 
@@ -45,7 +52,7 @@ def segments_of(x: Tensor, cu_seqlens: Tensor | None) -> Tensor:
     """cu_seqlens of the flattened tokens x [B, T, ...]: as given, or one segment a row."""
     if cu_seqlens is not None:
         return remember(cu_seqlens, ("on", x.device), lambda: sent(cu_seqlens.to(torch.int64), x.device))
-    return dense_cu_seqlens(x.shape[0], x.shape[1], x.device)
+    return rows_as_segments(x.shape[0], x.shape[1], x.device)
 
 
 def check_memory(memory: HolaState | None, sequences: int, k: Tensor, v: Tensor, block: int, slots: int) -> HolaState:

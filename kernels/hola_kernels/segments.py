@@ -8,6 +8,7 @@ next, whatever the lengths; the last unit of a segment may be partly empty.
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 import torch
@@ -17,6 +18,13 @@ from torch import Tensor
 def dense_cu_seqlens(batch: int, length: int, device: torch.device) -> Tensor:
     """[B + 1] int64 cuts of a dense batch flattened to B * T tokens."""
     return torch.arange(batch + 1, device=device, dtype=torch.int64) * length
+
+
+@functools.lru_cache(maxsize=256)
+def rows_as_segments(batch: int, length: int, device: torch.device) -> Tensor:
+    """`dense_cu_seqlens`, one tensor for a shape: what was made from it is found again. Nobody may write into it."""
+    with torch.inference_mode(False):
+        return dense_cu_seqlens(batch, length, device)
 
 
 @dataclass(frozen=True)

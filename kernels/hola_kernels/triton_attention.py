@@ -25,12 +25,14 @@ from hola_kernels.gated_delta.triton_rule import layout_for, rule_backward, rule
 def hola_attention_triton(*, q_MHK: Tensor, k_MHK: Tensor, v_MHV: Tensor, log_decay_MH: Tensor, beta_MH: Tensor,
                           gamma_q: Tensor, gamma_k: Tensor, gate_H: Tensor, sink_H: Tensor | None, block: int,
                           slots: int, score: str, read_norm: str, cu_seqlens: Tensor, cuts: Tensor,
-                          dense: bool) -> Tensor:
+                          dense: bool, max_seqlen: int | None = None) -> Tensor:
     """o [M, H, V] of flat tokens; cu_seqlens as the caller gave it (best on the CPU), cuts the same on the device.
+
+    max_seqlen: the cuts are read on the device only.
 
     score "betae", "e" or "betav"; the others rank by position and take the composed path.
     """
-    layout = layout_for(k_MHK, v_MHV, cu_seqlens)
+    layout = layout_for(k_MHK, v_MHV, cuts if max_seqlen else cu_seqlens, None, max_seqlen)
     blocks = Blocks.cut(cuts, q_MHK.shape[0], block=block, slots=slots, dense=dense)
     tensors = (q_MHK, k_MHK, v_MHV, log_decay_MH, beta_MH, gamma_q, gamma_k, gate_H, sink_H)
     return _HolaAttention.apply(*tensors, layout, blocks, score, norm_mean(read_norm, k_MHK.shape[-1]),

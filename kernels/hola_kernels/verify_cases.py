@@ -28,17 +28,20 @@ from hola_kernels.verify import poisoned, relative_error
 LIMITS = {"bfloat16": (0.005, 0.008, 0.02), "float16": (0.002, 0.005, 0.005), "float32": (1e-5, 1e-4, 1e-4)}
 WIDTHS = ((64, 64), (128, 128), (256, 256), (64, 128))
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
-# "long": one head is too little for a GPU, so the sequence is walked in spans
+# "long": one head is too little for a GPU, so the sequence is walked in spans; "bounded": tables from shapes alone
 KINDS: dict[str, dict[str, Any]] = {
     "packed": {"cuts": PACKED},
     "rows": {"rows": 2, "length": 600, "score": "e", "read_norm": "l2", "sink": False},
     "betav": {"cuts": PACKED, "score": "betav"},
     "long": {"length": 3000, "heads": 1, "split": True},
+    "bounded": {"cuts": (*PACKED, PACKED[-1], PACKED[-1]), "bounded": True},
+    "long bounded": {"cuts": (0, 40, 2990, 3000, 3000), "heads": 1, "split": True, "bounded": True},
 }
 CHOSEN = [*((word, *widths, "packed") for word in DTYPES for widths in WIDTHS),
           *((word, width, width, "rows") for word in DTYPES for width in (128, 256)),
           ("bfloat16", 128, 128, "betav"), ("bfloat16", 128, 128, "long"), ("bfloat16", 256, 256, "long"),
-          ("float16", 64, 64, "long"), ("float32", 128, 128, "long")]
+          *(("bfloat16", width, width, "bounded") for width in (64, 128, 256)), ("float32", 64, 64, "bounded"),
+          ("bfloat16", 128, 128, "long bounded"), ("float16", 64, 64, "long"), ("float32", 128, 128, "long")]
 
 
 def cases() -> list[tuple[str, Callable[[], dict[str, float]]]]:
@@ -60,12 +63,12 @@ def limit(name: str, output: str) -> float:
 
 def measure(*, dtype: torch.dtype, key: int, value: int, cuts: tuple[int, ...] | None = None, rows: int = 1,
             length: int = 0, heads: int = 2, block: int = 256, slots: int = 64, score: str = "betae",
-            read_norm: str = "rms", sink: bool = True, split: bool = False, device: str = "cuda",
+            read_norm: str = "rms", sink: bool = True, split: bool = False, bounded: bool = False, device: str = "cuda",
             seed: int = 0) -> dict[str, float]:
     """Errors of o, of what the cache ranks by, of its choice and of every gradient, new tensors poisoned.
 
-    Documents cut at `cuts`, or `rows` of `length` tokens. split: sequences must be walked in spans; "whole" is 1
-    where they are not.
+    Documents cut at `cuts`, or `rows` of `length` tokens. bounded: the cuts lie on the device. split: sequences must be
+    walked in spans; "whole" is 1 where they are not.
     """
     rows, length = (1, cuts[-1]) if cuts else (rows, length)
     narrow = attention_inputs(rows, length, heads, key, value, dtype, seed, device)
@@ -74,10 +77,13 @@ def measure(*, dtype: torch.dtype, key: int, value: int, cuts: tuple[int, ...] |
     wide = {n: None if x is None else x.detach().double().requires_grad_() for n, x in narrow.items()}
     cache = {"block": block, "slots": slots, "read_norm": read_norm,
              "cu_seqlens": torch.tensor(cuts) if cuts else None}
+    given = {**narrow, **cache, "score": score, "backend": "triton"}
+    if bounded:
+        given |= {"cu_seqlens": torch.tensor(cuts, device=device), "max_seqlen": int(cache["cu_seqlens"].diff().max())}
     with poisoned(), watched() as seen:
-        y = hola_attention(**narrow, **cache, score=score, backend="triton")
+        y = hola_attention(**given)
     with poisoned(), torch.no_grad():
-        alone = hola_attention(**narrow, **cache, score=score, backend="triton")
+        alone = hola_attention(**given)
     rank = seen["score_MH"].view(rows, length, heads)
     expected, exact_rank = expected_of(wide, rank, score, cache)
     dy = _incoming_gradient(expected)

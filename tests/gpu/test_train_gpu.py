@@ -18,12 +18,12 @@ import hola_megatron.quiet
 import json, sys, torch
 from hola_megatron.config import build_recipe
 from hola_megatron.data.stream import Batch
-from hola_megatron.engine.megatron import MegatronEngine
+from hola_megatron.engine.base import build_engine
 from hola_megatron.parallel.groups import start, stop
 
 recipe = build_recipe(json.loads(sys.argv[1]))
 layout = start(recipe)
-engine = MegatronEngine(recipe, layout)
+engine = build_engine(recipe, layout)
 generator = torch.Generator().manual_seed(5)
 rows = []
 for step in range(recipe.train.steps):
@@ -47,15 +47,17 @@ RECIPE = {
 }
 
 
-def losses(device: str, *, precision: str = "fp32", parallel: dict | None = None, **model: str) -> list[list[float]]:
-    recipe = json.loads(json.dumps(RECIPE)) | {"parallel": parallel or {}}
-    recipe["train"]["precision"] = precision
+def losses(device: str, *, precision: str = "fp32", parallel: dict | None = None, engine: str = "megatron",
+           data_ranks: int = 1, **model: str) -> list[list[float]]:
+    """Loss and gradient norm of every step; data ranks see the same tokens."""
+    recipe = json.loads(json.dumps(RECIPE)) | {"parallel": parallel or {}, "engine": engine}
+    recipe["train"] |= {"precision": precision, "global_batch_size": 4 * data_ranks}
     recipe["model"] |= model
     environment = {**os.environ, "NVIDIA_TF32_OVERRIDE": "0", "TORCHDYNAMO_DISABLE": "1"}
     if device == "cpu":
         environment["CUDA_VISIBLE_DEVICES"] = ""
     program = [sys.executable, "-c", PROGRAM]
-    if parallel:
+    if parallel or data_ranks > 1:
         program = [sys.executable, "-m", "hola_megatron.launch", "--nproc-per-node", "2", "--no-python", *program]
     done = subprocess.run([*program, json.dumps(recipe)], capture_output=True, text=True, cwd=ROOT, env=environment,
                           check=False, timeout=300)
@@ -85,6 +87,17 @@ def test_bf16_is_near_float32(spec, on_cpu):
     for want, have in zip(on_cpu, losses("cuda", precision="bf16", backend="triton", layer_spec=spec), strict=True):
         assert have[0] == pytest.approx(want[0], rel=5e-3)
         assert have[1] == pytest.approx(want[1], rel=5e-2)
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_two_gpus_under_deepspeed(stage, on_cpu):
+    pytest.importorskip("deepspeed", reason="DeepSpeed is not installed")
+    if torch.cuda.device_count() < 2:
+        pytest.skip("one GPU")
+    found = losses("cuda", engine="deepspeed", parallel={"zero_stage": stage}, data_ranks=2, backend="triton")
+    for want, have in zip(on_cpu, found, strict=True):
+        assert have[0] == pytest.approx(want[0], rel=1e-5)
+        assert have[1] == pytest.approx(want[1], rel=1e-3)
 
 
 @pytest.mark.parametrize("spec", ["local", "te"])

@@ -13,20 +13,31 @@ if not INTERPRETED:
     def test_under_the_interpreter(interpreted):
         interpreted(__file__)
 else:
+    from hola_kernels import hola_attention
     from hola_kernels.gated_delta import triton_rule
-    from hola_kernels.verify_cases import limit, measure, misplaced
+    from hola_kernels.verify_cases import attention_inputs, limit, measure, misplaced
 
     PACKED = (0, 1, 1, 20, 90)  # none, one and many tokens; two chunks of 64, the second not full; three blocks
 
     @pytest.mark.parametrize("options", [
         {"cuts": PACKED, "heads": 2}, {"rows": 2, "length": 40, "score": "e", "read_norm": "l2", "sink": False},
-        {"cuts": (0, 30, 70), "value": 128, "score": "betav"}], ids=["packed", "rows", "betav"])
+        {"cuts": (0, 30, 70), "value": 128, "score": "betav"},
+        {"cuts": (*PACKED, 90, 90), "heads": 2, "bounded": True}],
+        ids=["packed", "rows", "betav", "bounded"])
     def test_float32(options):
         check(options)
 
-    def test_a_sequence_walked_in_spans(monkeypatch):
+    @pytest.mark.parametrize("cut", [{"length": 130}, {"cuts": (0, 70, 200, 200), "bounded": True}],
+                             ids=["one", "bounded"])
+    def test_a_sequence_walked_in_spans(monkeypatch, cut):
         monkeypatch.setattr(triton_rule, "span_chunks", lambda *_: 1)
-        assert "whole" in check({"length": 130, "split": True})
+        assert "whole" in check({**cut, "split": True})
+
+    def test_a_bound_too_low_changes_nothing():
+        inputs = attention_inputs(1, 150, 1, 64, 64, torch.float32, 0, "cpu")
+        inputs |= {"cu_seqlens": torch.tensor([0, 20, 150]), "block": 32, "slots": 8, "backend": "triton"}
+        with torch.no_grad():
+            assert torch.equal(hola_attention(**inputs), hola_attention(**inputs, max_seqlen=1))
 
     def test_half_precision_keeps_states_for_a_backward_pass_and_only_for_one(monkeypatch):
         kept, walk = [], triton_rule.walk_forward

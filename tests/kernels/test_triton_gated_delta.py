@@ -73,6 +73,20 @@ else:
         del cuts
         assert len(triton_layout._known) == known - 1
 
+    @pytest.mark.parametrize("cuts", [[0, 0, 100, 101], [0, 64, 128, 128, 128], [0, 300], [0, 0, 0]])
+    @pytest.mark.parametrize("span_chunks", [1, 2])
+    def test_a_bounded_layout_is_the_exact_one_and_nothing_after_it(cuts, span_chunks):
+        """Chunks and spans in the same order; segments of several spans, of one, of none."""
+        tokens, cuts = cuts[-1], torch.tensor(cuts)
+        exact = triton_layout.layout_of(cuts, cuts.device, span_chunks)
+        bounded = triton_layout.bounded_layout(cuts, tokens, span_chunks, split=True)
+        for name in ("chunks", "spans"):
+            want, found = getattr(exact, name), getattr(bounded, name)
+            assert torch.equal(found[:len(want)], want) and found.dtype == want.dtype and not found[len(want):].any()
+        assert torch.equal(bounded.segment_spans, exact.segment_spans)
+        whole = triton_layout.bounded_layout(cuts, tokens, 99, split=False)
+        assert torch.equal(whole.spans, triton_layout.layout_of(cuts, cuts.device, 99).spans) and whole.most_spans == 1
+
     def check(kind, *, dtype=torch.float32, key=64, value=64, heads=2):
         errors = measure(dtype=dtype, key=key, value=value, heads=heads, device="cpu", **kind)
         name = f"gated_delta {str(dtype).removeprefix('torch.')}"

@@ -189,3 +189,24 @@ def test_every_field_of_a_large_recipe_says_where_it_comes_from(name):
 def test_the_others_say_it_at_their_head(name):
     head = (TINY.parent / f"{name}.yaml").read_text().split("\nname:")[0]
     assert re.search("arXiv|choice", head)
+
+
+@pytest.mark.parametrize(("override", "said"), [
+    ("parallel.pipeline=2", "parallel.pipeline: 2 is not possible with train.cuda_graph; set it to 1"),
+    ("parallel.context=2", "parallel.context: 2 is not possible with train.cuda_graph; set it to 1"),
+    ("fp8.recipe=current", "fp8.recipe: current is not possible with train.cuda_graph; set it to null"),
+    ("engine=deepspeed", "engine: deepspeed is not possible with train.cuda_graph; set it to megatron"),
+    ("model.pattern=HA", "train.cuda_graph: true is not possible where softmax attention keeps documents separate"),
+    ("model.backend=torch", "train.cuda_graph: true needs the Triton backend"),
+    ("model.key_dim=32", "train.cuda_graph: true needs the Triton backend: model.key_dim and value_dim of (64, 128, "
+                         "256), not 32"),
+    ("model.cache.score=random", "model.cache.score: random is not possible with train.cuda_graph; set it to betae")])
+def test_what_cannot_be_captured_is_refused(override, said):
+    assert any(problem.startswith(said) for problem in refused("train.cuda_graph=true", override))
+
+
+def test_a_graph_over_several_ranks_is_refused():
+    recipe = load_recipe(TINY, ["train.cuda_graph=true"])
+    assert check_recipe(recipe, world_size=1) == []
+    assert check_recipe(recipe, world_size=2) == [
+        "train.cuda_graph: true is not possible on 2 ranks, on 1 so far; set it to false"]

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import functools
-
 import torch
 from torch import Tensor
 
 from hola_kernels.backend import choose_backend
-from hola_kernels.checks import check_tokens, segments_of
+from hola_kernels.checks import check_max_seqlen, check_tokens, segments_of
 from hola_kernels.gated_delta.reference import gated_delta_reference
 from hola_kernels.gated_delta.torch_chunked import gated_delta_chunked
 from hola_kernels.norms import compute_dtype
-from hola_kernels.segments import dense_cu_seqlens
+from hola_kernels.segments import rows_as_segments
 
 TRITON_DIMENSIONS = (64, 128, 256)
 TRITON_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -29,37 +27,34 @@ IMPLEMENTATIONS = {"reference": gated_delta_reference, "torch": gated_delta_chun
 
 
 def gated_delta_rule(*, q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, beta: Tensor,
-                     cu_seqlens: Tensor | None = None, initial_state: Tensor | None = None,
-                     backend: str = "auto") -> tuple[Tensor, Tensor, Tensor]:
+                     cu_seqlens: Tensor | None = None, max_seqlen: int | None = None,
+                     initial_state: Tensor | None = None, backend: str = "auto") -> tuple[Tensor, Tensor, Tensor]:
     """o_t = K^-1/2 S_t^T q_t of the gated delta rule, and the score of every token.
 
     q, k [B, T, H, K] and v [B, T, H, V] in one dtype (q and k are brought to unit length here),
     log_decay [B, T, H] <= 0, beta [B, T, H] in (0, 1). With cu_seqlens [N + 1], B is 1 and the
     tokens are N documents that do not see each other. initial_state [N, H, K, V] (N = B without
-    cu_seqlens).
+    cu_seqlens). max_seqlen: see hola_attention.
 
     Returns o [B, T, H, V] in v's dtype, score [B, T, H] (beta * |residual|, no gradient) and the
     final state [N, H, K, V], both float32 (float64 in float64 calls). Raises KernelError.
     """
     check_tokens(q, k, v, log_decay, beta, cu_seqlens)
+    check_max_seqlen(max_seqlen, cu_seqlens)
     backend = choose_backend(backend, q.device, triton_refusal(q, k, v))
-    flat = [x.flatten(0, 1) for x in (q, k, v, log_decay, beta)]
+    flat, options = [x.flatten(0, 1) for x in (q, k, v, log_decay, beta)], {}
     if backend == "triton":
         # as given, not copied to the device: the kernels keep one layout for each cu_seqlens they have seen
-        cuts = _dense_cuts(*q.shape[:2]) if cu_seqlens is None else cu_seqlens
+        cuts = rows_as_segments(*q.shape[:2], torch.device("cpu")) if cu_seqlens is None else cu_seqlens
+        if max_seqlen is not None:
+            cuts, options = segments_of(q, cu_seqlens), {"max_seqlen": max_seqlen}
     else:
         cuts = segments_of(q, cu_seqlens)
         if initial_state is None:
             initial_state = torch.zeros(cuts.numel() - 1, q.shape[2], k.shape[3], v.shape[3],
                                         dtype=compute_dtype(v), device=q.device)
-    o, score, state = IMPLEMENTATIONS[backend](*flat, cuts, initial_state)
+    o, score, state = IMPLEMENTATIONS[backend](*flat, cuts, initial_state, **options)
     return o.view_as(v).to(v.dtype), score.view_as(beta), state
-
-
-@functools.lru_cache(maxsize=256)
-def _dense_cuts(batch: int, length: int) -> Tensor:
-    """One tensor for a shape, on the CPU: its layout is found again, and nothing waits for the device."""
-    return dense_cu_seqlens(batch, length, torch.device("cpu"))
 
 
 def triton_refusal(q: Tensor, k: Tensor, v: Tensor) -> str | None:

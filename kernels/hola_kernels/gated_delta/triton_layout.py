@@ -3,6 +3,10 @@
 A chunk is up to 64 consecutive tokens of one segment; a span is a run of consecutive
 chunks of one segment that one program walks over. Chunks of a segment are numbered in
 order and segments follow each other, so a span is (first token, end token, first chunk).
+
+`layout_of` reads the cuts on the CPU and makes tables of just the chunks there are. `bounded_layout` reads nothing:
+its tables are as long as the shapes alone can ask for, and made on the device, so that a CUDA graph holds for any
+cuts of as many documents.
 """
 
 from __future__ import annotations
@@ -13,18 +17,20 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from hola_kernels.memo import remember
 from hola_kernels.transfer import sent
+from hola_kernels.unit_table import COUNT, START, unit_table
 
 CHUNK = 64
 
 
 @dataclass(frozen=True)
 class Layout:
-    """chunks [U, 2] int32: first token and number of tokens of each chunk
-    spans [P, 3] int32: first token, end token, first chunk of each span
+    """chunks [U, 2] int32: first token and number of tokens of each chunk (0: no such chunk)
+    spans [P, 3] int32: first token, end token, first chunk of each span (no tokens: no such span)
     segment_spans [N, 2] int32: first span of each segment and how many it has (at least one, maybe empty)
     most_spans: of any segment; 1 when nothing is split
-    end_spans: how many the first and the last segment have
+    end_spans: how many the first and the last segment have; not known of a bounded layout
     """
 
     chunks: Tensor
@@ -49,12 +55,13 @@ class Layout:
 _known: dict[int, tuple[weakref.ref, list[int], dict[tuple[str, int], Layout]]] = {}
 
 
-def cuts_of(cu_seqlens: Tensor) -> list[int]:
-    """The cuts as numbers, kept as long as that very tensor lives.
+def lengths_of(cu_seqlens: Tensor) -> list[int]:
+    """The segments' lengths; the cuts are read once, and kept as long as that very tensor lives.
 
-    Reading them waits for the device once when the tensor is new and lies there, never when it lies on the CPU.
+    Reading them waits for the device when the tensor is new and lies there, never when it lies on the CPU.
     """
-    return _remember(cu_seqlens)[1]
+    cuts = _remember(cu_seqlens)[1]
+    return [end - start for start, end in zip(cuts[:-1], cuts[1:], strict=True)]
 
 
 def layout_of(cu_seqlens: Tensor, device: torch.device, span_chunks: int) -> Layout:
@@ -64,6 +71,38 @@ def layout_of(cu_seqlens: Tensor, device: torch.device, span_chunks: int) -> Lay
     if key not in layouts:
         layouts[key] = cut_spans(cuts, device, span_chunks)
     return layouts[key]
+
+
+def bounded_layout(cuts: Tensor, tokens: int, span_chunks: int, split: bool) -> Layout:
+    """The layout of M tokens cut at cuts [N + 1] int64 on the device, none of them read on the host.
+
+    At most M // 64 + N chunks. split: a segment may be longer than span_chunks; else each is one span, of any length.
+    """
+    return remember(cuts, ("layout", tokens, span_chunks, split), lambda: _bound(cuts, tokens, span_chunks, split))
+
+
+def _bound(cuts: Tensor, tokens: int, span_chunks: int, split: bool) -> Layout:
+    chunks = unit_table(cuts, tokens, CHUNK, dense=False)
+    of_chunk = chunks.table[:, START : COUNT + 1].contiguous()  # neighbours; a list of columns would be sent there
+    segments = torch.arange(cuts.numel() - 1, device=cuts.device)
+
+    def table(*columns: Tensor) -> Tensor:
+        return torch.stack(columns, 1).to(torch.int32)
+
+    if not split:
+        spans = table(cuts[:-1], cuts[1:], chunks.first[:-1])
+        return Layout(of_chunk, spans, table(segments, torch.ones_like(segments)), most_spans=1)
+    size = span_chunks * CHUNK
+    count = ((cuts.diff() + size - 1) // size).clamp(min=1)
+    first_span = torch.cat([count.new_zeros(1), count.cumsum(0)])
+    span = torch.arange(tokens // size + segments.numel(), device=cuts.device)
+    segment = (torch.searchsorted(first_span, span, right=True) - 1).clamp(0, segments.numel() - 1)
+    ordinal = span - first_span[segment]
+    first = cuts[segment] + ordinal * size
+    spans = table(first, torch.minimum(first + size, cuts[segment + 1]),
+                  chunks.first[segment] + ordinal * span_chunks)
+    spans = torch.where((span < first_span[-1])[:, None], spans, 0)
+    return Layout(of_chunk, spans, table(first_span[:-1], count), most_spans=span.numel())
 
 
 def _remember(cu_seqlens: Tensor) -> tuple[weakref.ref, list[int], dict[tuple[str, int], Layout]]:

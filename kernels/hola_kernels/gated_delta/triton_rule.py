@@ -31,22 +31,24 @@ import torch
 from torch import Tensor
 
 from hola_kernels.gated_delta.triton_gradient import chunk_gradients
-from hola_kernels.gated_delta.triton_layout import Layout, cuts_of, layout_of
+from hola_kernels.gated_delta.triton_layout import CHUNK, Layout, bounded_layout, layout_of, lengths_of
 from hola_kernels.gated_delta.triton_prepare import ReadNorm, prepare
 from hola_kernels.gated_delta.triton_split import entering_states, leaving_gradients, span_chunks
 from hola_kernels.gated_delta.triton_walk import recompute_states, span_maps, walk_backward, walk_forward
+from hola_kernels.integers import cdiv
 from hola_kernels.triton_config import keeps_states, launch_of
 
 
 def gated_delta_triton(q_MHK: Tensor, k_MHK: Tensor, v_MHV: Tensor, log_decay_MH: Tensor, beta_MH: Tensor,
-                       cu_seqlens: Tensor, state_NHKV: Tensor | None,
-                       chunks_a_span: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
+                       cu_seqlens: Tensor, state_NHKV: Tensor | None, chunks_a_span: int | None = None,
+                       max_seqlen: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
     """Same contract as `torch_chunked.gated_delta_chunked`, but o in v's dtype; no state means zeros.
 
-    cu_seqlens may lie on the CPU (then nothing waits for the device); its layout is made once a tensor.
-    chunks_a_span: where sequences are split; None leaves it to the size of the GPU.
+    cu_seqlens may lie on the CPU (then nothing waits for the device); its layout is made once a tensor. With
+    max_seqlen it lies on the device, and is not read here. chunks_a_span: where sequences are split; None leaves it to
+    the size of the GPU.
     """
-    layout = layout_for(k_MHK, v_MHV, cu_seqlens, chunks_a_span)
+    layout = layout_for(k_MHK, v_MHV, cu_seqlens, chunks_a_span, max_seqlen)
     state = None if state_NHKV is None else state_NHKV.float()
     tensors = (q_MHK, k_MHK, v_MHV, log_decay_MH, beta_MH, state)
     return _GatedDelta.apply(*tensors, layout, will_train(*tensors))
@@ -59,12 +61,18 @@ def will_train(*tensors: Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
 
 
-def layout_for(k_MHK: Tensor, v_MHV: Tensor, cu_seqlens: Tensor, chunks_a_span: int | None = None) -> Layout:
-    """The layout in which tokens of this shape are walked."""
+def layout_for(k_MHK: Tensor, v_MHV: Tensor, cu_seqlens: Tensor, chunks_a_span: int | None = None,
+               max_seqlen: int | None = None) -> Layout:
+    """The layout in which tokens of this shape are walked; with max_seqlen from shapes alone, cu_seqlens not read."""
+    counts = [cdiv(max_seqlen, CHUNK)] if max_seqlen else [cdiv(n, CHUNK) for n in lengths_of(cu_seqlens)]
+    longest = max([*counts, 1])
     if chunks_a_span is None:
-        (heads, value_dim), key_dim = v_MHV.shape[1:], k_MHK.shape[2]
+        (tokens, heads, value_dim), key_dim = v_MHV.shape, k_MHK.shape[2]
         tile = launch_of("gated_delta_forward", key_dim, value_dim, v_MHV.element_size()).tile
-        chunks_a_span = span_chunks(cuts_of(cu_seqlens), heads * (value_dim // tile), k_MHK.device)
+        total = cdiv(tokens, CHUNK) if max_seqlen else sum(counts)
+        chunks_a_span = span_chunks(longest, total, heads * (value_dim // tile), k_MHK.device)
+    if max_seqlen:
+        return bounded_layout(cu_seqlens, v_MHV.shape[0], chunks_a_span, split=longest > chunks_a_span)
     return layout_of(cu_seqlens, k_MHK.device, chunks_a_span)
 
 

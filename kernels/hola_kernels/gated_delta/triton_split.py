@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from hola_kernels.gated_delta.triton_layout import CHUNK, Layout
+from hola_kernels.gated_delta.triton_layout import Layout
 from hola_kernels.triton_config import launch_of
 
 GAIN = 2.5  # split when the longest sequence takes this many times its share of the GPU
@@ -78,12 +78,13 @@ def _scan(maps: Tensor, additions: Tensor, layout: Layout, first: Tensor | None,
     return states
 
 
-def span_chunks(cuts: list[int], programs_a_span: int, device: torch.device) -> int:
-    """The most chunks a span should have on this device: all of the longest segment, unless splitting pays."""
-    counts = [-(-(end - start) // CHUNK) for start, end in zip(cuts[:-1], cuts[1:], strict=True)]
-    longest = max([*counts, 1])
+def span_chunks(longest: int, total: int, programs_a_span: int, device: torch.device) -> int:
+    """The most chunks a span should have on this device: all of the longest segment's, unless splitting pays.
+
+    longest: chunks of the longest segment; total: of all.
+    """
     if device.type != "cuda":
         return longest
     spans = max(torch.cuda.get_device_properties(device).multi_processor_count // programs_a_span, 1)
-    share = max(-(-sum(counts) // spans), LEAST_CHUNKS)
+    share = max(-(-total // spans), LEAST_CHUNKS)
     return share if longest > GAIN * share else longest
