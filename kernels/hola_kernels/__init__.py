@@ -4,7 +4,8 @@ Every operation has a reference (token by token, float64-capable: the definition
 faster backends with the same signature and the same numbers.
 """
 
-from hola_kernels.attention import hola_attention, hola_attention_step
+from hola_kernels.attention import hola_attention
+from hola_kernels.attention_step import hola_attention_step
 from hola_kernels.errors import KernelError
 from hola_kernels.exact_cache import exact_read, exact_read_only, read_mass, select_cache
 from hola_kernels.gated_delta import gated_delta_rule

@@ -20,8 +20,7 @@ from hola_kernels.errors import KernelError
 from hola_kernels.exact_cache import exact_read
 from hola_kernels.exact_cache.read_configs import read_refusal
 from hola_kernels.gated_delta import gated_delta_rule, triton_refusal
-from hola_kernels.gated_delta.step import gated_delta_step
-from hola_kernels.norms import compute_dtype, read_normalize
+from hola_kernels.norms import compute_dtype
 from hola_kernels.segments import rows_as_segments
 from hola_kernels.state import HolaState
 
@@ -50,7 +49,7 @@ def hola_attention(*, q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, beta: 
     """
     check_tokens(q, k, v, log_decay, beta, cu_seqlens)
     check_max_seqlen(max_seqlen, cu_seqlens)
-    _check_choices(score, read_norm)
+    check_choices(score, read_norm)
     cuts = segments_of(q, cu_seqlens)
     if state is None and not return_state and is_fused(backend, score, q, k, v):
         return _fused(q, k, v, log_decay, beta, gamma_q, gamma_k, gate, sink, block, slots, score, read_norm,
@@ -71,26 +70,6 @@ def combine(o_state: Tensor, o_cache: Tensor, gate: Tensor) -> Tensor:
     """o_state + sigmoid(gate) o_cache [B, T, H, V], summed in float32 (float64) and returned in their dtype."""
     wide = compute_dtype(o_state)
     return (o_state.to(wide) + gate.to(wide).sigmoid()[:, None] * o_cache.to(wide)).to(o_state.dtype)
-
-
-@torch.no_grad()
-def hola_attention_step(*, q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, beta: Tensor, gamma_q: Tensor,
-                        gamma_k: Tensor, gate: Tensor, sink: Tensor | None, state: HolaState,
-                        score: str = "betae", read_norm: str = "rms") -> Tensor:
-    """One decoded token for each of N sequences; `state` is updated in place.
-
-    q, k [N, H, K], v [N, H, V], log_decay, beta [N, H]; the rest as in hola_attention. Returns o [N, H, V].
-    """
-    _check_choices(score, read_norm)
-    wide, out_dtype = compute_dtype(v), v.dtype
-    q, k, v, beta = q.to(wide), k.to(wide), v.to(wide), beta.to(wide)
-    o_state, written = gated_delta_step(q=q, k=k, v=v, log_decay=log_decay, beta=beta, state=state.state)
-    cuts = torch.arange(q.shape[0] + 1, device=q.device)
-    rank = rank_tokens(score, written[:, None], v[:, None], beta[:, None], cuts, state.length)[:, 0]
-    _append(state, k, v, rank)
-    o_cache = _read_step(q, gamma_q, gamma_k, sink, read_norm, state)
-    _close_full_blocks(state)
-    return (o_state + gate.to(wide).sigmoid()[:, None] * o_cache).to(out_dtype)
 
 
 def is_fused(backend: str, score: str, q: Tensor, k: Tensor, v: Tensor) -> bool:
@@ -117,7 +96,8 @@ def _fused(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, beta: Tensor, gam
     return o.view(v.shape)
 
 
-def _check_choices(score: str, read_norm: str) -> None:
+def check_choices(score: str, read_norm: str) -> None:
+    """KernelError for a name that is none."""
     if score not in SCORES:
         raise KernelError(f"score: {score!r} is not one of {', '.join(SCORES)}")
     if read_norm not in READ_NORMS:
@@ -146,51 +126,3 @@ def _scramble(position: Tensor) -> Tensor:
     for multiplier in (0x2C1B3C6D, 0x297A2D39):
         x = ((x ^ (x >> 15)) * multiplier) & 0xFFFFFFFF
     return (x ^ (x >> 16)) & 0x7FFFFF
-
-
-def _append(state: HolaState, k: Tensor, v: Tensor, rank: Tensor) -> None:
-    row, place = torch.arange(k.shape[0], device=k.device), state.open_count
-    state.open_k[row, place] = k.to(state.open_k.dtype)
-    state.open_v[row, place] = v.to(state.open_v.dtype)
-    state.open_score[row, place] = rank.to(state.open_score.dtype)
-    state.length += 1
-
-
-def _read_step(q: Tensor, gamma_q: Tensor, gamma_k: Tensor, sink: Tensor | None, read_norm: str,
-               state: HolaState) -> Tensor:
-    wide = q.dtype
-    k = torch.cat([state.cache_k, state.open_k.transpose(1, 2)], 2).to(wide)
-    v = torch.cat([state.cache_v, state.open_v.transpose(1, 2)], 2).to(wide)
-    key = read_normalize(k, gamma_k, read_norm)
-    logits = (key * read_normalize(q, gamma_q, read_norm)[..., None, :]).sum(-1) * q.shape[-1] ** -0.5
-    opened = (state.length - 1) % state.block + 1
-    in_block = torch.arange(state.block, device=q.device) < opened[:, None]
-    visible = torch.cat([state.cache_position >= 0, in_block[:, None].expand(-1, q.shape[1], -1)], -1)
-    logits = logits.masked_fill(~visible, -torch.inf)
-    if sink is not None:
-        logits = torch.cat([logits, sink.to(wide)[None, :, None].expand(q.shape[0], -1, 1)], -1)
-    weights = logits.softmax(-1)[..., : v.shape[2]]
-    return (weights[..., None] * v).sum(-2)
-
-
-def _close_full_blocks(state: HolaState) -> None:
-    """Merge the open block of every sequence that has just filled it into its cache."""
-    rows = torch.nonzero(state.open_count == 0).squeeze(1)
-    if not rows.numel():
-        return
-    position = state.length[rows, None] - state.block + torch.arange(state.block, device=rows.device)
-    position = position[:, None].expand(-1, state.cache_score.shape[1], -1)
-    new = (state.open_score[rows].transpose(1, 2), position, state.open_k[rows].transpose(1, 2),
-           state.open_v[rows].transpose(1, 2))
-    kept = (state.cache_score, state.cache_position, state.cache_k, state.cache_v)
-    both = [torch.cat([old[rows], fresh.to(old.dtype)], 2) for old, fresh in zip(kept, new, strict=True)]
-    best = both[0].sort(dim=-1, descending=True, stable=True).indices[..., : state.slots]
-    # by position, empty slots (position -1) last, as a full pass leaves them
-    where = both[1].gather(-1, best)
-    last = torch.iinfo(torch.int64).max
-    best = best.gather(-1, torch.where(where < 0, last, where).sort(dim=-1, stable=True).indices)
-    for old, merged in zip(kept, both, strict=True):
-        index = best if merged.ndim == 3 else best[..., None].expand(*best.shape, merged.shape[-1])
-        old[rows] = merged.gather(2, index)
-    for opened in (state.open_k, state.open_v, state.open_score):
-        opened[rows] = 0

@@ -48,8 +48,9 @@ def main(words: list[str]) -> int:
 
 
 def case_modules() -> list[ModuleType]:
-    """The verify_cases modules that exist; the first is that of the whole hola_attention."""
-    names = ["hola_kernels.verify_cases", *(f"hola_kernels.{operation}.verify_cases" for operation in OPERATIONS)]
+    """The verify_cases modules that exist; the first are those of the whole hola_attention and of one decoded token."""
+    names = ["hola_kernels.verify_cases", "hola_kernels.step_verify_cases",
+             *(f"hola_kernels.{operation}.verify_cases" for operation in OPERATIONS)]
     return [importlib.import_module(name) for name in names if importlib.util.find_spec(name)]
 
 

@@ -68,16 +68,31 @@ def short_conv(*, x: Tensor, weight: Tensor, cu_seqlens: Tensor | None = None, t
 
 
 @torch.no_grad()
-def short_conv_step(*, x: Tensor, weight: Tensor, tail: Tensor) -> Tensor:
-    """One decoded token for each of N sequences: x [N, D] -> y [N, D]; `tail` [N, W - 1, D] is updated in place."""
+def short_conv_step(*, x: Tensor, weight: Tensor, tail: Tensor, backend: str = "auto") -> Tensor:
+    """One decoded token for each of N sequences: x [N, D] -> y [N, D]; `tail` [N, W - 1, D] is updated in place.
+
+    backend: as in hola_attention_step. Raises KernelError.
+    """
     if x.ndim != 2 or tail.shape != (x.shape[0], weight.shape[1] - 1, x.shape[1]) or weight.shape[0] != x.shape[1]:
         raise KernelError(f"x {tuple(x.shape)}, weight {tuple(weight.shape)} and tail {tuple(tail.shape)} "
                           "must be [N, D], [D, W] and [N, W - 1, D]")
-    wide = compute_dtype(x)
-    window = torch.cat([tail.to(x.dtype), x[:, None]], 1)
-    y = F.silu((window.to(wide) * weight.to(wide).mT).sum(1))
-    tail.copy_(window[:, 1:])
-    return y.to(x.dtype)
+    refusal = _refusal(x, weight) or (None if tail.is_contiguous() else "a tail that is not contiguous")
+    name = "torch" if backend == "auto" else choose_backend(backend, x.device, refusal)
+    return (_step_triton if name == "triton" else _step_torch)(x, weight, tail)
+
+
+def _step_triton(x_ND: Tensor, weight_DW: Tensor, tail_NJD: Tensor) -> Tensor:
+    from hola_kernels.short_conv.triton_step import short_conv_step_triton  # on first use: triton may be missing
+
+    return short_conv_step_triton(x_ND, weight_DW, tail_NJD)
+
+
+def _step_torch(x_ND: Tensor, weight_DW: Tensor, tail_NJD: Tensor) -> Tensor:
+    wide = compute_dtype(x_ND)
+    window = torch.cat([tail_NJD.to(x_ND.dtype), x_ND[:, None]], 1)
+    y = F.silu((window.to(wide) * weight_DW.to(wide).mT).sum(1))
+    tail_NJD.copy_(window[:, 1:])
+    return y.to(x_ND.dtype)
 
 
 def _refusal(x: Tensor, weight: Tensor) -> str | None:
