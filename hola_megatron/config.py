@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import importlib.util
 import json
 import re
 from collections.abc import Iterator
@@ -22,9 +21,9 @@ from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
 from hola_megatron.errors import RecipeError
+from hola_megatron.recipe_checks import check_recipe
 
 STRICT = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
-GRAPH_RANKS = 1  # processes of a run with train.cuda_graph; more are not proven (docs/cuda_graph.md)
 ALIASES = {"train.lr": "train.learning_rate", "train.min_lr": "train.min_learning_rate"}
 
 
@@ -138,8 +137,11 @@ class TrainConfig:
     precision: Literal["fp32", "bf16"] = Field("bf16", description="weights and activations; the optimizer is fp32")
     recompute: Literal["none", "full"] = Field("none", description="activations kept, or recomputed layer by layer")
     cuda_graph: bool = Field(False, description=(
-        "forward and backward passes of a step as one CUDA graph: for few tokens a rank, where launching takes longer "
-        "than computing; on one GPU so far, without experts and fp8"))
+        "forward and backward pass of a micro-batch as one CUDA graph: for few tokens a rank, where launching takes "
+        "longer than computing; on one GPU so far, without experts and fp8"))
+    cuda_graph_documents: int | None = Field(None, ge=1, description=(
+        "documents of a micro-batch that its graph has room for; one with more runs without; null: one for each 256 "
+        "tokens, at least 4 a sample"))
     logits_budget_gb: float | None = Field(2.0, gt=0, description=(
         "GB (10^9 bytes) that logits may take on a rank: where they and the loss's copy of them take more, they are "
         "made and used up a piece of tokens at a time; null: never"))
@@ -259,6 +261,20 @@ class Recipe:
     def tokens_per_step(self) -> int:
         return self.train.global_batch_size * self.train.sequence_length
 
+    @property
+    def least_part(self) -> int:
+        """Tokens of a row that every context-parallel rank needs: a cache block or a window spans two ranks at most."""
+        model, kinds = self.model, set(self.model.layer_kinds)
+        return max(1, model.conv_width - 1 if kinds & set("HG") else 1, model.cache.block - 1 if "H" in kinds else 1)
+
+    def data_ranks(self, world_size: int) -> int:
+        """Data-parallel size: the ranks left when each copy of the model has its own."""
+        return world_size // self.parallel.model_ranks
+
+    def micro_batches(self, world_size: int) -> int:
+        """Forward passes a rank makes for one step."""
+        return self.train.global_batch_size // (self.train.micro_batch_size * self.data_ranks(world_size))
+
     def to_dict(self) -> dict[str, Any]:
         """Plain values, as YAML or JSON can hold them."""
         return asdict(self)
@@ -289,233 +305,6 @@ def build_recipe(values: dict[str, Any], problems: list[str] | None = None) -> R
     if problems:
         raise RecipeError(problems)
     return recipe
-
-
-def check_recipe(recipe: Recipe, world_size: int | None = None) -> list[str]:
-    """What single fields cannot show: sizes that must divide. With world_size also what the ranks imply."""
-    model, train, parallel = recipe.model, recipe.train, recipe.parallel
-    problems = []
-
-    def must_divide(path: str, value: int, by: int, reason: str) -> None:
-        if value % by:
-            problems.append(f"{path}: {value} is not a multiple of {by} ({reason})")
-
-    kinds = set(model.layer_kinds)
-    tp = parallel.tensor
-    if kinds & set("HG"):
-        must_divide("model.heads", model.heads, tp, f"parallel.tensor = {tp} cuts heads")
-    if "A" in kinds:
-        must_divide("model.attention_heads", model.attention_heads, tp, f"parallel.tensor = {tp} cuts heads")
-        must_divide("model.hidden_size", model.hidden_size, 2 * model.attention_heads,
-                    "an attention head's width must be even")
-    must_divide("model.vocab_size", model.vocab_size, tp, f"parallel.tensor = {tp} cuts the vocabulary")
-    must_divide("model.mlp_hidden_size", model.mlp_hidden_size, tp, f"parallel.tensor = {tp} cuts the MLP")
-    chunks = parallel.pipeline * parallel.virtual_pipeline
-    must_divide("model.layers", model.layers, chunks, f"pipeline x virtual_pipeline = {chunks} chunks")
-    if parallel.virtual_pipeline > 1 and parallel.pipeline == 1:
-        problems.append("parallel.virtual_pipeline: needs parallel.pipeline of at least 2; set it to 1")
-    if parallel.sequence:
-        if tp == 1:
-            problems.append("parallel.sequence: true needs parallel.tensor of at least 2; set it to false")
-        must_divide("train.sequence_length", train.sequence_length, tp, "parallel.sequence cuts the sequence")
-    if parallel.context > 1:
-        problems += _check_context(recipe)
-    if recipe.fp8.recipe is not None:
-        problems += _check_fp8(recipe)
-    problems += _check_experts(recipe)
-    problems += _check_engine(recipe)
-    if train.cuda_graph:
-        problems += _check_cuda_graph(recipe, world_size)
-    if train.optimizer == "muon" and parallel.distributed_optimizer and recipe.engine == "megatron":
-        problems.append("train.optimizer: muon needs whole matrices on every data rank; set "
-                        "parallel.distributed_optimizer=false")
-    if recipe.guard.warmup > recipe.guard.window:
-        problems.append(f"guard.warmup: {recipe.guard.warmup} is more than guard.window = {recipe.guard.window}")
-    if train.warmup_steps > train.steps:
-        problems.append(f"train.warmup_steps: {train.warmup_steps} is more than train.steps = {train.steps}")
-    if train.min_learning_rate > train.learning_rate:
-        problems.append(f"train.min_learning_rate: {train.min_learning_rate} is above train.learning_rate "
-                        f"= {train.learning_rate}")
-    if world_size is not None:
-        problems += _check_world(recipe, world_size)
-    return problems
-
-
-def least_part(recipe: Recipe) -> int:
-    """Tokens of a row that every context-parallel rank needs: a cache block or a window spans two ranks at most."""
-    model = recipe.model
-    kinds = set(model.layer_kinds)
-    return max(1, model.conv_width - 1 if kinds & set("HG") else 1, model.cache.block - 1 if "H" in kinds else 1)
-
-
-def _check_context(recipe: Recipe) -> list[str]:
-    train, parallel = recipe.train, recipe.parallel
-    packed = recipe.data.documents == "separate"
-    row = train.sequence_length * (train.micro_batch_size if packed else 1)
-    shown = "sequence_length x micro_batch_size" if packed else "sequence_length"
-    pieces = parallel.context * (parallel.tensor if parallel.sequence else 1)
-    if row % pieces:
-        by = "parallel.context x parallel.tensor" if parallel.sequence else "parallel.context"
-        return [f"parallel.context: rows of {row} tokens ({shown}) are not a multiple of {by} = {pieces}; change "
-                "train.sequence_length or parallel.context"]
-    part, least = row // parallel.context, least_part(recipe)
-    if part < least:
-        return [f"parallel.context: {parallel.context} ranks get {part} tokens each of a row of {row} ({shown}), and "
-                f"need {least} (model.cache.block - 1 or model.conv_width - 1); take fewer ranks or longer rows"]
-    return []
-
-
-def _check_fp8(recipe: Recipe) -> list[str]:
-    """8-bit products take sizes that are multiples of 16 on every rank (the fused input projection is padded)."""
-    model, fp8, parallel = recipe.model, recipe.fp8, recipe.parallel
-    kinds, tp = set(model.layer_kinds), parallel.tensor
-    problems = []
-    if recipe.train.precision != "bf16":
-        problems.append(f"fp8.recipe: {fp8.recipe} needs train.precision of bf16, not {recipe.train.precision}")
-    if model.layer_spec == "local":
-        problems.append(f"fp8.recipe: {fp8.recipe} needs Transformer Engine's layers; set model.layer_spec to te or "
-                        "auto")
-    if model.moe.experts is not None:
-        problems.append(f"fp8.recipe: {fp8.recipe} is not possible with experts (model.moe.experts), whose tokens come "
-                        "in any number; set it to null")
-    most = model.layers // parallel.pipeline
-    for name, count in (("first_layers_bf16", fp8.first_layers_bf16), ("last_layers_bf16", fp8.last_layers_bf16)):
-        if count and fp8.recipe == "delayed":
-            problems.append(f"fp8.{name}: {count} layers in bf16 are not possible with the delayed recipe; set it to "
-                            "0, or fp8.recipe to current or blockwise")
-        elif count > most:
-            problems.append(f"fp8.{name}: {count} is more than the {most} layers of a pipeline stage")
-    pieces = parallel.context * (tp if parallel.sequence else 1)
-    tokens = recipe.train.micro_batch_size * recipe.train.sequence_length
-    widths = [("model.hidden_size", model.hidden_size, 1, ""),
-              ("model.mlp_hidden_size", model.mlp_hidden_size, tp, f" over parallel.tensor = {tp}"),
-              ("train.micro_batch_size x train.sequence_length", tokens, pieces, f" over {pieces} ranks")]
-    if kinds & set("HG"):
-        widths.append(("model.heads x model.value_dim", model.heads * model.value_dim, tp,
-                       f" over parallel.tensor = {tp}"))
-    if "A" in kinds:
-        widths.append(("model.hidden_size", model.hidden_size, tp, f" over parallel.tensor = {tp}"))
-    for path, size, ranks, how in widths:
-        if size % (16 * ranks):
-            problems.append(f"{path}: {size}{how if ranks > 1 else ''} is not a multiple of 16 on every rank, as "
-                            f"fp8.recipe = {fp8.recipe} needs")
-    return problems
-
-
-def _check_experts(recipe: Recipe) -> list[str]:
-    moe, parallel = recipe.model.moe, recipe.parallel
-    if moe.experts is None:
-        problems = []
-        if parallel.expert > 1:
-            problems.append(f"parallel.expert: {parallel.expert} ranks share experts, and model.moe.experts is null; "
-                            "set it to 1, or give experts")
-        if moe.hidden_size is not None:
-            problems.append(f"model.moe.hidden_size: {moe.hidden_size} is given, and model.moe.experts is null; leave "
-                            "it out, or give experts")
-        return problems
-    problems = []
-    if moe.top_k > moe.experts:
-        problems.append(f"model.moe.top_k: {moe.top_k} is more than model.moe.experts = {moe.experts}")
-    if moe.experts % parallel.expert:
-        problems.append(f"model.moe.experts: {moe.experts} is not a multiple of {parallel.expert} (parallel.expert = "
-                        f"{parallel.expert} cuts experts)")
-    if parallel.tensor > 1 and not parallel.sequence:
-        problems.append(f"parallel.sequence: false, and experts on parallel.tensor = {parallel.tensor} ranks need true")
-    if recipe.fp8.recipe is not None:
-        problems.append(f"fp8.recipe: {recipe.fp8.recipe} is not possible with model.moe.experts; set it to null")
-    if recipe.train.optimizer == "muon":
-        problems.append("train.optimizer: muon is not possible with model.moe.experts; set it to adamw")
-    return problems
-
-
-def _check_engine(recipe: Recipe) -> list[str]:
-    """What DeepSpeed's ZeRO cannot do here, and what is nothing without it."""
-    parallel = recipe.parallel
-    if recipe.engine == "megatron":
-        if parallel.zero_stage == 1:
-            return []
-        return [f"parallel.zero_stage: {parallel.zero_stage} belongs to engine = deepspeed; set it to 1, or engine to "
-                "deepspeed"]
-    problems = []
-    if parallel.zero_stage == 3:
-        problems.append("parallel.zero_stage: 3 is not possible: the loss uses the output projection outside its own "
-                        "module, and checkpoints do not know stage 3's pieces of weights; set it to 1 or 2")
-    only = [("parallel.pipeline", parallel.pipeline, 1), ("parallel.virtual_pipeline", parallel.virtual_pipeline, 1),
-            ("parallel.expert", parallel.expert, 1), ("parallel.distributed_optimizer", parallel.distributed_optimizer,
-                                                      True), ("model.moe.experts", recipe.model.moe.experts, None),
-            ("train.optimizer", recipe.train.optimizer, "adamw"), ("fp8.recipe", recipe.fp8.recipe, None)]
-    for path, value, allowed in only:
-        if value != allowed:
-            given, wanted = (json.dumps(x).strip('"') for x in (value, allowed))
-            problems.append(f"{path}: {given} is not possible with engine = deepspeed; set it to {wanted}, or "
-                            "engine to megatron")
-    return problems
-
-
-def _check_cuda_graph(recipe: Recipe, world_size: int | None) -> list[str]:
-    """What reads the device on the host, or depends on numbers of the very step, cannot be part of a graph."""
-    model, parallel = recipe.model, recipe.parallel
-    only = [("engine", recipe.engine, "megatron"), ("parallel.pipeline", parallel.pipeline, 1),
-            ("parallel.context", parallel.context, 1), ("model.moe.experts", model.moe.experts, None),
-            ("fp8.recipe", recipe.fp8.recipe, None)]
-    problems = []
-    for path, value, allowed in only:
-        if value != allowed:
-            given, wanted = (json.dumps(x).strip('"') for x in (value, allowed))
-            problems.append(f"{path}: {given} is not possible with train.cuda_graph; set it to {wanted}, or "
-                            "train.cuda_graph to false")
-    ours, kinds = (64, 128, 256), set(model.layer_kinds)  # widths that our Triton kernels take
-    if kinds & set("HG") and not (model.key_dim in ours and model.value_dim in ours
-                                  and model.backend in ("auto", "triton")):
-        problems.append(f"train.cuda_graph: true needs the Triton backend: model.key_dim and value_dim of {ours}, not "
-                        f"{model.key_dim} and {model.value_dim}, and model.backend auto or triton; or set it to false")
-    if "H" in kinds and model.cache.score in ("recency", "random"):
-        problems.append(f"model.cache.score: {model.cache.score} is not possible with train.cuda_graph; set it to "
-                        "betae, e or betav, or train.cuda_graph to false")
-    if recipe.data.documents == "separate" and "A" in kinds:
-        problems.append("train.cuda_graph: true is not possible where softmax attention keeps documents separate; set "
-                        "it to false, or data.documents to joined")
-    if (world_size or 1) > GRAPH_RANKS:
-        problems.append(f"train.cuda_graph: true is not possible on {world_size} ranks, on {GRAPH_RANKS} so far; set "
-                        "it to false")
-    return problems
-
-
-def missing_packages(recipe: Recipe) -> list[str]:
-    """Packages that this recipe needs and this Python lacks."""
-    if recipe.engine == "deepspeed" and importlib.util.find_spec("deepspeed") is None:
-        return ["engine: deepspeed needs the package deepspeed, which is not installed; install it (pip install -e "
-                "'.[deepspeed]'), or set engine=megatron"]
-    return []
-
-
-def data_ranks(recipe: Recipe, world_size: int) -> int:
-    """Data-parallel size: the ranks left when each copy of the model has its own."""
-    return world_size // recipe.parallel.model_ranks
-
-
-def micro_batches(recipe: Recipe, world_size: int) -> int:
-    """Forward passes a rank makes for one step."""
-    return recipe.train.global_batch_size // (recipe.train.micro_batch_size * data_ranks(recipe, world_size))
-
-
-def _check_world(recipe: Recipe, world_size: int) -> list[str]:
-    ranks = recipe.parallel.model_ranks
-    if world_size % ranks:
-        return [f"parallel: tensor x pipeline x context = {ranks} does not divide the {world_size} processes started; "
-                f"start a multiple of {ranks}"]
-    share = recipe.train.micro_batch_size * data_ranks(recipe, world_size)
-    if recipe.train.global_batch_size % share:
-        return [f"train.global_batch_size: {recipe.train.global_batch_size} is not a multiple of micro_batch_size x "
-                f"data-parallel ranks = {share}"]
-    sharing = world_size // recipe.parallel.pipeline
-    if sharing % recipe.parallel.expert:
-        return [f"parallel.expert: {recipe.parallel.expert} does not divide the {sharing} ranks of a pipeline stage"]
-    count, stages = micro_batches(recipe, world_size), recipe.parallel.pipeline
-    if recipe.parallel.virtual_pipeline > 1 and count % stages:
-        return [f"train.micro_batch_size: {count} micro-batches a step is not a multiple of parallel.pipeline = "
-                f"{stages}, which the interleaved schedule needs"]
-    return []
 
 
 class _Loader(yaml.SafeLoader):

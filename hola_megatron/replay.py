@@ -10,7 +10,7 @@ from pathlib import Path
 
 from hola_megatron.checkpoint.folder import list_steps, newest_usable, open_checkpoint
 from hola_megatron.checkpoint.save_load import load
-from hola_megatron.config import Recipe, micro_batches
+from hola_megatron.config import Recipe
 from hola_megatron.data.stream import BatchLoader
 from hola_megatron.engine.base import Engine, build_engine
 from hola_megatron.errors import CheckpointError
@@ -25,11 +25,12 @@ def replay(recipe: Recipe, folder: Path) -> None:
     layout = start(recipe)
     data = open_data(recipe)
     engine = build_engine(recipe, layout)
+    engine.leave_graph()  # recording one would take longer than the few steps
     _load_state(recipe, layout, engine, folder, steps[0].step)
     for bad in steps:
         loader = BatchLoader(
             data.mixture, data_rank=layout.data_rank, data_size=layout.data,
-            micro_batch_size=recipe.train.micro_batch_size, micro_batches=micro_batches(recipe, layout.world),
+            micro_batch_size=recipe.train.micro_batch_size, micro_batches=recipe.micro_batches(layout.world),
             first_sample=bad.first_sample, documents=recipe.data.documents)
         batches = next(loader)
         result = engine.train_step(batches, 0.0, lambda loss, grad_norm: "replayed, not updated")

@@ -25,8 +25,8 @@ from hola_megatron.parallel.groups import Layout, on_main
 REWIND = "rewind.json"
 # what may differ between the parts of one run without changing what is computed
 FREE = ("run_dir", "engine", "parallel.", "checkpoint.", "log.", "valid.", "data.valid", "data.cache",
-        "train.micro_batch_size", "train.recompute", "train.logits_budget_gb", "guard.", "model.backend",
-        "model.layer_spec")
+        "train.micro_batch_size", "train.recompute", "train.logits_budget_gb", "train.cuda_graph", "guard.",
+        "model.backend", "model.layer_spec")
 
 
 @dataclass(frozen=True)

@@ -17,8 +17,9 @@ import argparse
 import os
 from pathlib import Path
 
-from hola_megatron.config import check_recipe, load_recipe
+from hola_megatron.config import load_recipe
 from hola_megatron.errors import RecipeError, run_cli
+from hola_megatron.recipe_checks import check_recipe
 
 
 def main(argv: list[str] | None = None) -> None:

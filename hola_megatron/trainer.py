@@ -14,7 +14,7 @@ import torch
 from hola_megatron.checkpoint.folder import newest_usable, retire
 from hola_megatron.checkpoint.save_load import Saver, TrainerState, load
 from hola_megatron.checkpoint.writer import refusal
-from hola_megatron.config import Recipe, micro_batches
+from hola_megatron.config import Recipe
 from hola_megatron.data.stream import Batch, BatchLoader, Mixture, PackedDataset, check_tokenizer, eval_batches
 from hola_megatron.data.tokenizer import Tokenizer, load_tokenizer
 from hola_megatron.engine.base import Engine, StepResult, build_engine
@@ -86,7 +86,7 @@ class Run:
         recipe, layout = self.recipe, self.layout
         return BatchLoader(
             self.data.mixture, data_rank=layout.data_rank, data_size=layout.data,
-            micro_batch_size=recipe.train.micro_batch_size, micro_batches=micro_batches(recipe, layout.world),
+            micro_batch_size=recipe.train.micro_batch_size, micro_batches=recipe.micro_batches(layout.world),
             first_sample=self.state.samples, documents=recipe.data.documents)
 
     def to_the_end(self) -> None:
@@ -333,6 +333,8 @@ class Run:
     def close(self) -> None:
         self.saver.writer.abandon(seconds=10)
         self.watchdog.stop()
+        with contextlib.suppress(RuntimeError):  # of a device that has failed already; that failure is on its way
+            self.engine.leave_graph()
         if self.metrics:
             self.metrics.close()
         self.signal.restore()

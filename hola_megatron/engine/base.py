@@ -27,10 +27,10 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor, nn
 
 from hola_kernels.transfer import sent
-from hola_megatron.config import Recipe, least_part
+from hola_megatron.config import Recipe
 from hola_megatron.data.stream import Batch
+from hola_megatron.engine.cuda_graph import FixedBatch, MicroBatchGraph, room_for
 from hola_megatron.engine.expert_state import restore_biases, router_biases
-from hola_megatron.engine.step_graph import StepGraph
 from hola_megatron.model.build import build_model
 from hola_megatron.model.documents import Documents
 from hola_megatron.model.logits import logits_copies, piece_rows
@@ -82,10 +82,8 @@ class Engine:
         chunks = build_model(recipe, device=layout.device)
         self.config = chunks[0].config
         self.config.finalize_model_grads_func = self._finalize
+        self._graph = self._new_graph() if recipe.train.cuda_graph else None
         self._wrap(chunks)
-        self._graph = None
-        if recipe.train.cuda_graph:
-            self._graph = StepGraph(partial(self._passes, forward_only=False), layout.device)
 
     def _wrap(self, chunks: list[GPTModel]) -> None:
         """Build data parallelism and optimizer around the model."""
@@ -101,7 +99,9 @@ class Engine:
 
     @property
     def _overlap(self) -> bool:
-        return self.recipe.parallel.overlap and self.layout.data * self.layout.context > 1
+        """Whether gradients are reduced while they are computed; a graph computes them, and reduces none."""
+        parallel, ranks = self.recipe.parallel, self.layout.data * self.layout.context
+        return parallel.overlap and ranks > 1 and not self.recipe.train.cuda_graph
 
     def train_step(self, batches: list[Batch], learning_rate: float, judge: Judge = not_finite) -> StepResult:
         """One optimizer step over this rank's micro-batches.
@@ -166,7 +166,7 @@ class Engine:
             chunk.eval()
         layout = self.layout
         # what stands behind the last token changes nothing before it; a context-parallel part has a least length
-        wanted = max(len(tokens), layout.context * least_part(self.recipe) if layout.context > 1 else 0)
+        wanted = max(len(tokens), layout.context * self.recipe.least_part if layout.context > 1 else 0)
         length = -(-wanted // (layout.tensor * layout.context)) * layout.tensor
         row = torch.nn.functional.pad(tokens, (0, length * layout.context - len(tokens)))[None].to(layout.device)
         part, (holder, last) = row.chunk(layout.context, 1)[layout.context_rank], divmod(len(tokens) - 1, length)
@@ -209,14 +209,37 @@ class Engine:
             self._graph.release()
         self._graph = None
 
+    def describe_graph(self) -> str:
+        """What the banner says of it; nothing without one."""
+        if self._graph is None:
+            return ""
+        room = "" if self._graph.room is None else f" of up to {self._graph.room} documents"
+        return f"a micro-batch{room} is one CUDA graph, recorded at the third"
+
+    def _new_graph(self) -> MicroBatchGraph:
+        train, room = self.recipe.train, None
+        if self.recipe.data.documents == "separate":
+            room = train.cuda_graph_documents or room_for(train.micro_batch_size, train.sequence_length)
+        return MicroBatchGraph(self._one_micro_batch, self.layout.device, room)
+
     def _run(self, batches: list[Batch], forward_only: bool) -> Tensor:
-        """[summed loss, tokens] float64 over micro-batches and data ranks."""
+        """[summed loss, tokens] float64 over micro-batches and data ranks; gradients, if any, are reduced then."""
         if forward_only or self._graph is None:
-            return self._sum_over_ranks(self._passes(batches, forward_only))
-        return self._sum_over_ranks(self._graph(batches))
+            return self._sum_over_ranks([result["sums"] for result in self._passes(batches, forward_only)])
+        sums = [self._graph(batch) for batch in batches]
+        self._finalize(self.model, torch.stack(sums)[:, 1].sum().int())
+        return self._sum_over_ranks(sums)
+
+    def _one_micro_batch(self, batch: Batch) -> Tensor:
+        """[summed loss, tokens] of a forward and backward pass, which adds to the gradients and reduces nothing."""
+        finalize, self.config.finalize_model_grads_func = self.config.finalize_model_grads_func, None
+        try:
+            return self._passes([batch], forward_only=False)[0]["sums"]
+        finally:
+            self.config.finalize_model_grads_func = finalize
 
     def _passes(self, batches: list[Batch], forward_only: bool) -> list[dict[str, Tensor]]:
-        """Of every micro-batch; gradients are reduced when this returns."""
+        """Megatron's schedule over micro-batches: what `_forward` says of each, gradients as its config says."""
         rows, length = batches[0].tokens.shape
         packed = batches[0].cu_seqlens is not None
         return get_forward_backward_func()(
@@ -234,8 +257,7 @@ class Engine:
         tokens, labels, mask = (sent(x, device) for x in (batch.tokens, batch.labels, batch.loss_mask))
         documents, rank, ranks = None, self.layout.context_rank, self.layout.context
         if batch.cu_seqlens is not None:
-            in_graph = batch.cu_seqlens.is_cuda  # `StepGraph` lays them there
-            documents = (Documents.bounded(batch.cu_seqlens, tokens.shape[1]) if in_graph
+            documents = (Documents.bounded(batch.cu_seqlens, tokens.shape[1]) if isinstance(batch, FixedBatch)
                          else Documents.from_cuts(batch.cu_seqlens, device, rank, ranks))
             tokens, labels, mask = (x.reshape(1, -1) for x in (tokens, labels, mask))
         # the peers of a context-parallel group read the same samples, and each keeps one part of every row
@@ -263,11 +285,11 @@ class Engine:
             mask=loss_mask, rows=rows, group=parallel_state.get_tensor_model_parallel_group(),
             sequence_parallel=self.config.sequence_parallel, backend=self.recipe.model.backend)
 
-    def _sum_over_ranks(self, results: list[dict[str, Tensor]]) -> Tensor:
+    def _sum_over_ranks(self, parts: list[Tensor]) -> Tensor:
         """[summed loss, tokens] over micro-batches and data ranks, known to every pipeline stage."""
         sums = torch.zeros(2, dtype=torch.float64, device=self.layout.device)
-        for result in results:
-            sums += result["sums"].double()
+        for part in parts:
+            sums += part.double()
         dist.all_reduce(sums, group=parallel_state.get_data_parallel_group(with_context_parallel=True))
         if self.layout.pipeline > 1:
             last = parallel_state.get_pipeline_model_parallel_last_rank()
@@ -315,10 +337,7 @@ class StepTimer:
 
     def __init__(self, device: torch.device):
         self._cuda = device.type == "cuda"
-        # external: marked again whenever a graph that they were marked in is replayed
-        self._marks: list[Any] = [0.0, 0.0]
-        if self._cuda:
-            self._marks = [torch.cuda.Event(enable_timing=True, external=True) for _ in range(2)]
+        self._marks: list[Any] = [torch.cuda.Event(enable_timing=True) for _ in range(2)] if self._cuda else [0.0, 0.0]
 
     def start(self) -> None:
         self._mark(0)

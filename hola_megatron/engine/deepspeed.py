@@ -35,7 +35,7 @@ BUCKET = 50_000_000
 
 
 class DeepSpeedEngine(Engine):
-    """Data, tensor and context parallel; config.py refuses what else Megatron's engine has."""
+    """Data, tensor and context parallel; recipe_checks.py refuses what else Megatron's engine has."""
 
     def _wrap(self, chunks: list[GPTModel]) -> None:
         chunk, = chunks

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -37,31 +36,12 @@ class MegatronEngine(Engine):
             self.config.no_sync_func = hooks if len(hooks) > 1 else hooks[0]
 
     def _data_parallel(self, chunk: torch.nn.Module) -> DistributedDataParallel:
+        sharded = self.recipe.parallel.distributed_optimizer
         config = DistributedDataParallelConfig(
-            grad_reduce_in_fp32=True, use_distributed_optimizer=self.recipe.parallel.distributed_optimizer,
-            overlap_grad_reduce=self._overlap, overlap_param_gather=self._overlap_gather)
-        with self._stream_of_gradients():
+            grad_reduce_in_fp32=True, use_distributed_optimizer=sharded, overlap_grad_reduce=self._overlap,
+            overlap_param_gather=self._overlap and sharded)
+        with self._graph.on_its_stream() if self._graph else nullcontext():
             return DistributedDataParallel(self.config, config, chunk)
-
-    @property
-    def _overlap_gather(self) -> bool:
-        """Gathering begins in the optimizer's step and is waited for in the forward pass: no graph can hold that."""
-        parallel, train = self.recipe.parallel, self.recipe.train
-        return self._overlap and parallel.distributed_optimizer and not train.cuda_graph
-
-    @contextmanager
-    def _stream_of_gradients(self) -> Iterator[None]:
-        """Autograd adds up a parameter's gradients on the stream on which it was first told of the parameter, and the
-        default stream cannot be part of a graph.
-        """
-        if not self.recipe.train.cuda_graph:
-            yield
-            return
-        stream, now = torch.cuda.Stream(), torch.cuda.current_stream()
-        stream.wait_stream(now)
-        with torch.cuda.stream(stream):
-            yield
-        now.wait_stream(stream)
 
     def _build_optimizer(self) -> MegatronOptimizer:
         if self.recipe.train.optimizer == "adamw":
@@ -78,7 +58,7 @@ class MegatronEngine(Engine):
             adam_beta2=train.beta2, adam_eps=train.adam_eps, clip_grad=train.clip_grad_norm,
             bf16=train.precision == "bf16", params_dtype=self.config.params_dtype,
             use_distributed_optimizer=self.recipe.parallel.distributed_optimizer,
-            overlap_param_gather=self._overlap_gather)
+            overlap_param_gather=self._overlap and self.recipe.parallel.distributed_optimizer)
 
     def _finalize(self, *args: Any, **kwargs: Any) -> None:
         self._work.stop()

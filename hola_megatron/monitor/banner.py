@@ -8,7 +8,7 @@ import torch
 
 from hola_kernels.backend import auto_backend
 from hola_megatron.checkpoint.save_load import TrainerState
-from hola_megatron.config import Recipe, micro_batches
+from hola_megatron.config import Recipe
 from hola_megatron.data.stream import Mixture
 from hola_megatron.engine.base import Engine
 from hola_megatron.model.config import choose_spec
@@ -36,7 +36,7 @@ def print_banner(recipe: Recipe, layout: Layout, engine: Engine, mixture: Mixtur
         "model": f"{recipe.name}: {model.layers} layers {_runs(model.layer_kinds)}, width {model.hidden_size}; "
                  f"{short(matmul_parameters(model))} matmul parameters",
         "flops": f"{flops / 1e9:.3g} GFLOP a token, {flops * tokens:.2e} in all",
-        "layout": f"{layout.describe()}; {micro_batches(recipe, layout.world)} micro-batches of "
+        "layout": f"{layout.describe()}; {recipe.micro_batches(layout.world)} micro-batches of "
                   f"{train.micro_batch_size} x {train.sequence_length} tokens on each of {layout.data} data ranks"
                   + (f"; experts over {recipe.parallel.expert} ranks" if recipe.parallel.expert > 1 else ""),
         "steps": f"{train.steps:,} of {short(recipe.tokens_per_step)} tokens = {short(tokens)} "
@@ -45,6 +45,7 @@ def print_banner(recipe: Recipe, layout: Layout, engine: Engine, mixture: Mixtur
                 f"{mixture.fingerprint[:12]}, documents {recipe.data.documents}",
         "kernels": f"{kernels} ({why})",
         "layers": f"{spec} ({spec_why}); {_products(recipe)}; optimizer {engine.adam}",
+        **({"graph": graph} if (graph := engine.describe_graph()) else {}),
         "device": f"{device_name(layout.device)}, " + (
             f"peak {peak / 1e12:.0f} TFLOP/s" if peak else "no peak known: MFU is not shown (log.peak_tflops sets it)"),
     }

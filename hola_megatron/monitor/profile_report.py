@@ -44,6 +44,8 @@ def _share(n: dict[str, Any]) -> list[str]:
     if "stretched" in n:
         lines += ["", f"Without the profiler the device's work took {n['stretched']:.3f} times as long as with it: the "
                   "parts are without, the list below is with it."]
+    if n["cuda_graph"]:
+        lines += ["", "Shares and the list below are of a step without its CUDA graph, stretched to the time with it."]
     if "data_wait_ms" not in n:
         lines += ["", "Data wait: not measured (synthetic tokens; --data reads the recipe's)."]
     return lines

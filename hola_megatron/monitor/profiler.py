@@ -18,8 +18,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from hola_megatron.config import Recipe, data_ranks
-from hola_megatron.config import micro_batches as recipe_micro_batches
+from hola_megatron.config import Recipe
 from hola_megatron.data.stream import Batch, BatchLoader
 from hola_megatron.errors import RecipeError, UserError
 from hola_megatron.model.flops import executed_flops_per_token, flops_per_token, peak_flops
@@ -110,8 +109,9 @@ def _speed(recipe: Recipe, layout: Layout, peak: float | None, seconds: list[Ste
     numbers = {
         "recipe": recipe.name, "device": device_name(layout.device), "ranks": layout.world, "layout": layout.describe(),
         "code": code_version(), "torch": torch.__version__, "data": "real" if options.real_data else "synthetic",
-        "micro_batches": recipe_micro_batches(recipe, layout.world), "recompute": recipe.train.recompute,
+        "micro_batches": recipe.micro_batches(layout.world), "recompute": recipe.train.recompute,
         "micro_batch_size": recipe.train.micro_batch_size, "sequence_length": recipe.train.sequence_length,
+        "cuda_graph": recipe.train.cuda_graph,
         "steps": options.steps, "ms_per_step": 1e3 * median, "ms_fastest": 1e3 * min(totals),
         "ms_slowest": 1e3 * max(totals), "tokens_per_second": speed, "tokens_per_second_per_rank": speed / layout.world,
         "flops_per_token": flops_per_token(recipe.model, recipe.train.sequence_length)}
@@ -125,7 +125,7 @@ def _speed(recipe: Recipe, layout: Layout, peak: float | None, seconds: list[Ste
 
 
 def _with_micro_batches(recipe: Recipe, count: int) -> Recipe:
-    ranks = data_ranks(recipe, int(os.environ.get("WORLD_SIZE", "1")))
+    ranks = recipe.data_ranks(int(os.environ.get("WORLD_SIZE", "1")))
     train = dataclasses.replace(recipe.train, global_batch_size=count * recipe.train.micro_batch_size * max(ranks, 1))
     return dataclasses.replace(recipe, train=train)
 
@@ -142,7 +142,7 @@ def _feed(recipe: Recipe, layout: Layout, real_data: bool) -> Feed:
 
     loader = BatchLoader(open_data(recipe).mixture, data_rank=layout.data_rank, data_size=layout.data,
                          micro_batch_size=recipe.train.micro_batch_size,
-                         micro_batches=recipe_micro_batches(recipe, layout.world), documents=recipe.data.documents)
+                         micro_batches=recipe.micro_batches(layout.world), documents=recipe.data.documents)
     return lambda: next(loader)
 
 
@@ -150,7 +150,7 @@ def _synthetic(recipe: Recipe, layout: Layout) -> list[Batch]:
     size, length = recipe.train.micro_batch_size, recipe.train.sequence_length
     generator = torch.Generator().manual_seed(layout.data_rank)
     batches = []
-    for _ in range(recipe_micro_batches(recipe, layout.world)):
+    for _ in range(recipe.micro_batches(layout.world)):
         tokens = torch.randint(0, recipe.model.vocab_size, (size, length + 1), generator=generator)
         cuts = torch.arange(0, size * length + 1, length, dtype=torch.int32)
         batches.append(Batch(tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous(), torch.ones(size, length),

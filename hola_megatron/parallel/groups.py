@@ -13,9 +13,11 @@ from typing import Any, Protocol
 import torch
 import torch.distributed as dist
 
-from hola_megatron.config import Recipe, check_recipe, missing_packages
+from hola_kernels.backend import triton_problem
+from hola_megatron.config import Recipe
 from hola_megatron.errors import RecipeError
 from hola_megatron.parallel.cpu import adapt_to_cpu
+from hola_megatron.recipe_checks import check_recipe, missing_packages
 
 
 @dataclass(frozen=True)
@@ -55,8 +57,8 @@ def start(recipe: Recipe) -> Layout:
         raise RecipeError(problems)
     adapt_to_cpu()
     device = _pick_device()
-    if recipe.train.cuda_graph and device.type != "cuda":
-        raise RecipeError("train.cuda_graph: true needs a GPU, and this process sees none; set it to false")
+    if recipe.train.cuda_graph:
+        _check_graph_device(device)
     if not dist.is_initialized():
         _join(device, world, recipe.parallel.timeout_minutes)
     from megatron.core import parallel_state
@@ -84,6 +86,12 @@ def start(recipe: Recipe) -> Layout:
         pipeline_rank=parallel_state.get_pipeline_model_parallel_rank(), pipeline=recipe.parallel.pipeline,
         data_rank=parallel_state.get_data_parallel_rank(), data=parallel_state.get_data_parallel_world_size(),
         device=device, context_rank=parallel_state.get_context_parallel_rank(), context=recipe.parallel.context)
+
+
+def _check_graph_device(device: torch.device) -> None:
+    problem = triton_problem("cuda") if device.type == "cuda" else "this process sees no GPU"
+    if problem:
+        raise RecipeError(f"train.cuda_graph: true needs our Triton kernels on a GPU ({problem}); set it to false")
 
 
 def agree(layout: Layout, *numbers: int) -> list[int]:

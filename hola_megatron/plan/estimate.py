@@ -6,12 +6,13 @@ import dataclasses
 from dataclasses import dataclass, field
 from typing import Any
 
-from hola_megatron.config import Recipe, check_recipe, data_ranks, micro_batches
+from hola_megatron.config import Recipe
 from hola_megatron.model.flops import executed_flops_per_token, flops_per_token
 from hola_megatron.plan.activations import Share
 from hola_megatron.plan.layouts import Suggestion, suggest
 from hola_megatron.plan.memory import GB, StageMemory, worst_stage
 from hola_megatron.plan.parameters import active_parameters, layer_products, parameters_by_part
+from hola_megatron.recipe_checks import check_recipe
 
 CHECKPOINT_BYTES = 12  # a parameter: float32 weight and two moments (hola_megatron/checkpoint)
 
@@ -77,11 +78,11 @@ class Plan:
 
     @property
     def data_ranks(self) -> int:
-        return data_ranks(self.recipe, self.machine.gpus)
+        return self.recipe.data_ranks(self.machine.gpus)
 
     @property
     def micro_batches(self) -> int:
-        return micro_batches(self.recipe, self.machine.gpus)
+        return self.recipe.micro_batches(self.machine.gpus)
 
     @property
     def bubble(self) -> float:

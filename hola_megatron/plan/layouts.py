@@ -6,8 +6,9 @@ import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from hola_megatron.config import Recipe, check_recipe, micro_batches
+from hola_megatron.config import Recipe
 from hola_megatron.plan.memory import StageMemory, worst_stage
+from hola_megatron.recipe_checks import check_recipe
 
 GPUS_A_NODE = 8      # choice: tensor ranks talk in every layer and stay within a node
 LONG_TOKENS = 16384  # choice: from this length on the sequence may be cut as well
@@ -66,7 +67,7 @@ def _cost(recipe: Recipe) -> tuple[int, ...]:
 
 def _idles(recipe: Recipe, world: int) -> bool:
     """Fewer micro-batches than stages: most of a pipeline would wait."""
-    return micro_batches(recipe, world) < recipe.parallel.pipeline
+    return recipe.micro_batches(world) < recipe.parallel.pipeline
 
 
 def _candidates(recipe: Recipe) -> Iterator[Recipe]:

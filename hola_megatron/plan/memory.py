@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from hola_megatron.config import Recipe, data_ranks, micro_batches
+from hola_megatron.config import Recipe
 from hola_megatron.errors import RecipeError
 from hola_megatron.model.logits import logits_copies, piece_rows
 from hola_megatron.plan.activations import FLOAT32, Share, Term, layer_workspace, saved_by_layer
@@ -71,7 +71,7 @@ def stage_memory(recipe: Recipe, world: int, stage: int) -> StageMemory:
 def micro_batches_held(recipe: Recipe, world: int, stage: int) -> float:
     """Micro-batches whose tensors a stage holds at once, each over all its layers (Megatron's 1F1B schedules)."""
     stages, chunks = recipe.parallel.pipeline, recipe.parallel.virtual_pipeline
-    count = micro_batches(recipe, world)
+    count = recipe.micro_batches(world)
     if chunks == 1:
         return min(count, stages - stage)
     ahead = 2 * (stages - stage - 1) + (chunks - 1) * stages
@@ -94,7 +94,7 @@ def _standing(recipe: Recipe, world: int, stage: int) -> dict[str, float]:
 
 
 def _optimizer_ranks(recipe: Recipe, world: int) -> int:
-    return data_ranks(recipe, world) * recipe.parallel.context if recipe.parallel.distributed_optimizer else 1
+    return recipe.data_ranks(world) * recipe.parallel.context if recipe.parallel.distributed_optimizer else 1
 
 
 def _expert_ranks(recipe: Recipe, world: int) -> int:

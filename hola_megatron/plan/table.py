@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from hola_megatron.config import Recipe, micro_batches
+from hola_megatron.config import Recipe
 from hola_megatron.plan.estimate import Machine, Plan, make_plan
 from hola_megatron.plan.memory import GB
 from hola_megatron.plan.report import layout_text
@@ -34,4 +34,4 @@ def _cell(plan: Plan) -> str:
 
 def _described(recipe: Recipe, gpus: int) -> str:
     again = ", recompute" if recipe.train.recompute == "full" else ""
-    return f"{layout_text(recipe, gpus)}, {micro_batches(recipe, gpus)} of {recipe.train.micro_batch_size}{again}"
+    return f"{layout_text(recipe, gpus)}, {recipe.micro_batches(gpus)} of {recipe.train.micro_batch_size}{again}"

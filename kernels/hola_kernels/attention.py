@@ -39,9 +39,10 @@ def hola_attention(*, q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, beta: 
     log_decay [B, T, H] = log alpha <= 0; beta [B, T, H] in (0, 1); gamma_q, gamma_k [K];
     gate [H] (its sigmoid weighs the exact read); sink [H] a logit, or None for no sink.
     cu_seqlens [N + 1]: packed documents, B = 1. state: the memory of N sequences (N = B without cu_seqlens).
-    max_seqlen: no document is longer. With it the Triton backend reads no cut on the host: cu_seqlens lies on the GPU,
-    the tables are made there, as long as the shapes can ask for, and a CUDA graph of the call serves any cuts of N
-    documents (the last ones may be empty). A value too low costs speed, nothing else.
+    max_seqlen: no document is longer. With it the Triton backend makes its tables on the GPU, where cu_seqlens lies, as
+    long as the shapes can ask for. A CUDA graph of the call, recorded within `recording` after a call like it, then
+    serves any cuts of N documents, the last of which may be empty (not with state, return_state, or the scores recency
+    and random, which look at the memory's or the tokens' numbers). A value too low costs speed, nothing else.
     score: what the cache ranks by, "betae" (the paper's) or an ablation; read_norm: "rms" sharp, "l2" flat.
 
     Returns o [B, T, H, V] in v's dtype, and with return_state the memory after the last token.

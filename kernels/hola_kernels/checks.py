@@ -51,6 +51,8 @@ def _are_cuts(cu_seqlens: Tensor, tokens: int) -> bool:
 def segments_of(x: Tensor, cu_seqlens: Tensor | None) -> Tensor:
     """cu_seqlens of the flattened tokens x [B, T, ...]: as given, or one segment a row."""
     if cu_seqlens is not None:
+        if cu_seqlens.dtype == torch.int64 and cu_seqlens.device == x.device:
+            return cu_seqlens
         return remember(cu_seqlens, ("on", x.device), lambda: sent(cu_seqlens.to(torch.int64), x.device))
     return rows_as_segments(x.shape[0], x.shape[1], x.device)
 

@@ -8,11 +8,12 @@ next, whatever the lengths; the last unit of a segment may be partly empty.
 
 from __future__ import annotations
 
-import functools
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from hola_kernels.memo import by_shape
 
 
 def dense_cu_seqlens(batch: int, length: int, device: torch.device) -> Tensor:
@@ -20,7 +21,7 @@ def dense_cu_seqlens(batch: int, length: int, device: torch.device) -> Tensor:
     return torch.arange(batch + 1, device=device, dtype=torch.int64) * length
 
 
-@functools.lru_cache(maxsize=256)
+@by_shape
 def rows_as_segments(batch: int, length: int, device: torch.device) -> Tensor:
     """`dense_cu_seqlens`, one tensor for a shape: what was made from it is found again. Nobody may write into it."""
     with torch.inference_mode(False):

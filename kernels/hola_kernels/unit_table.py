@@ -6,13 +6,12 @@ units is bounded by the shapes alone, and the units beyond the last real one are
 
 from __future__ import annotations
 
-import functools
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from hola_kernels.memo import remember
+from hola_kernels.memo import by_shape, remember
 from hola_kernels.segments import dense_cu_seqlens
 
 START, COUNT, ORDINAL, FOLLOWING, SEGMENT, COLUMNS = 0, 1, 2, 3, 4, 5
@@ -43,7 +42,7 @@ def unit_table(cuts: Tensor, tokens: int, size: int, dense: bool) -> UnitTable:
     return remember(cuts, ("units", size, tokens), lambda: _build(cuts, size, tokens // size + cuts.numel() - 1))
 
 
-@functools.lru_cache(maxsize=64)
+@by_shape
 def _dense_table(segments: int, tokens: int, size: int, device: torch.device) -> UnitTable:
     length = tokens // max(segments, 1)
     return _build(dense_cu_seqlens(segments, length, device), size, segments * -(-length // size))

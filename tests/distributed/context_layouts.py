@@ -11,7 +11,9 @@ import torch
 import torch.distributed as dist
 from helpers import write_recipe
 
-FP32 = {"train__global_batch_size": 2, "train__micro_batch_size": 1, "parallel": {"distributed_optimizer": False}}
+# three steps: gradients, what an update made of them, and what the optimizer remembers of them
+FP32 = {"train__global_batch_size": 2, "train__micro_batch_size": 1, "train__steps": 3,
+        "parallel": {"distributed_optimizer": False}}
 JOINED = FP32 | {"data__documents": "joined", "train__micro_batch_size": 2, "train__global_batch_size": 4}
 BF16 = FP32 | {"train__global_batch_size": 4, "train__precision": "bf16", "train__recompute": "full", "train__steps": 6}
 # by world size; what is on one rank is what the others are compared with
@@ -35,7 +37,6 @@ def run_layout(recipe: Any) -> dict[str, Any]:
     """Losses, gradient norms and token counts of the steps, and this rank's slices of every parameter."""
     from megatron.core import parallel_state
 
-    from hola_megatron.config import micro_batches
     from hola_megatron.data.stream import BatchLoader, Mixture, PackedDataset
     from hola_megatron.engine.megatron import MegatronEngine
     from hola_megatron.parallel.groups import start
@@ -45,7 +46,7 @@ def run_layout(recipe: Any) -> dict[str, Any]:
     mixture = Mixture([PackedDataset(recipe.data.train)], seed=recipe.train.seed)
     loader = BatchLoader(mixture, data_rank=layout.data_rank, data_size=layout.data,
                          micro_batch_size=recipe.train.micro_batch_size,
-                         micro_batches=micro_batches(recipe, layout.world), documents=recipe.data.documents)
+                         micro_batches=recipe.micro_batches(layout.world), documents=recipe.data.documents)
     rows = []
     for step in range(recipe.train.steps):
         result = engine.train_step(next(loader), recipe.train.learning_rate * (0.5 if step == 0 else 1))

@@ -9,12 +9,13 @@ import pytest
 import torch
 from helpers import MICRO
 
-from hola_megatron.config import Recipe, build_recipe, check_recipe, load_recipe
+from hola_megatron.config import Recipe, build_recipe, load_recipe
 from hola_megatron.errors import CheckpointError, RecipeError
 from hola_megatron.model.flops import matmul_parameters
 from hola_megatron.parallel.groups import start
 from hola_megatron.plan.memory import _standing
 from hola_megatron.plan.parameters import active_parameters, parameters_by_part, rank_parameters
+from hola_megatron.recipe_checks import check_recipe
 
 RECIPES = Path(__file__).parent.parent.parent / "recipes"
 SHIPPED = RECIPES / "hola_moe_7b_a1b.yaml"

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from helpers import ROOT, run_program, run_tool, write_recipe
+from helpers import ROOT, run_tool, write_recipe
 
 from hola_megatron.config import load_recipe
 from hola_megatron.errors import RecipeError
@@ -168,13 +168,13 @@ def test_whatever_happens_to_a_combination_is_its_row(tmp_path):
 
 
 @pytest.mark.distributed
-def test_a_sweep_over_tensor_ranks(tmp_path):
+def test_a_sweep_over_tensor_ranks(tmp_path, capsys, monkeypatch):
     """Fresh processes through our launcher: one layout runs, the other is refused, and the sweep ends well."""
     recipe = write_recipe(tmp_path / "r.yaml", tmp_path, model__layers=1, model__pattern="H")
     out = tmp_path / "rows.json"
-    done = run_program(["tools/profile.py", str(recipe), "--ranks", "2", "--sweep", "parallel.tensor=2,3", "--steps",
-                        "1", "--warmup", "1", "--micro-batches", "1", "--json", str(out)], tmp_path / "log",
-                       environment={"PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}"})
+    monkeypatch.setenv("PYTHONPATH", f"{ROOT}:{ROOT / 'kernels'}")
+    done = run_tool("profile", [str(recipe), "--ranks", "2", "--sweep", "parallel.tensor=2,3", "--steps", "1",
+                                "--warmup", "1", "--micro-batches", "1", "--json", str(out)], capsys)
     assert done.code == 0, done.output
     works, refused = json.loads(out.read_text())
     assert works["settings"] == {"parallel.tensor": "2"} and works["numbers"]["ranks"] == 2

@@ -1,8 +1,10 @@
 """Run under Triton's interpreter: the storages one layer really saves, beside what the plan says.
 
-    TRITON_INTERPRET=1 python tests/plan/saved_bytes.py '["model.pattern=H", ...]' ...      one layer for each list
+    TRITON_INTERPRET=1 python tests/plan/saved_bytes.py '{"cases": [["model.pattern=H", ...], ...], "where": {}}' ...
 
-Prints a JSON list of {"measured", "planned"} in bytes. One thing is made as it is on a GPU: the experts' fused SwiGLU.
+One layer for each list of a job's cases; a process for each job, with the variables of "where", forked from the one
+that has imported everything. Prints {"measured", "planned"} in bytes of every case of every job, as JSON. One thing is
+made as it is on a GPU: the experts' fused SwiGLU.
 """
 
 from __future__ import annotations
@@ -10,8 +12,11 @@ from __future__ import annotations
 import hola_megatron.quiet  # isort: skip  # noqa: F401
 
 import json
+import multiprocessing
+import os
 import sys
 import weakref
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
@@ -42,13 +47,30 @@ class Kept:
 
 def main() -> None:
     patch_language_once()
-    recipes = [load_recipe(TINY, SMALL + json.loads(words)) for words in sys.argv[1:]]
+    context = multiprocessing.get_context("fork")
+    processes, ends = [], []
+    for job in map(json.loads, sys.argv[1:]):
+        end, their_end = context.Pipe(duplex=False)
+        processes.append(context.Process(target=run, args=(job["cases"], job["where"], their_end)))
+        ends.append(end)
+        processes[-1].start()
+        their_end.close()
+    try:
+        print("RESULT " + json.dumps([end.recv() for end in ends]), flush=True)
+    finally:  # EOFError above: one has failed, and said why
+        for process in processes:
+            process.kill()
+
+
+def run(cases: list[list[str]], where: dict[str, str], end: Connection) -> None:
+    os.environ.update(where)
+    recipes = [load_recipe(TINY, SMALL + words) for words in cases]
     rows = []
     for recipe, before in zip(recipes, [recipes[0], *recipes], strict=False):
         if recipe.parallel != before.parallel:
             parallel_state.destroy_model_parallel()
         rows.append({"measured": measured(recipe, start(recipe)), "planned": planned(recipe)})
-    print("RESULT " + json.dumps(rows), flush=True)
+    end.send(rows)
 
 
 def planned(recipe: Recipe) -> float:

@@ -17,7 +17,6 @@ import pytest
 
 SCRIPT = Path(__file__).parent / "saved_bytes.py"
 ENVIRONMENT = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "TORCHDYNAMO_DISABLE": "1"}
-# those of every second make one process, those between them another: as much work for each
 ALONE = [["model.pattern=H"], ["model.pattern=G"], ["model.pattern=A"], ["model.pattern=H", "model.decay=false"],
          ["model.pattern=A", "data.documents=joined"], ["model.pattern=H", "data.documents=joined"],
          ["model.pattern=H", "model.heads=1", "train.micro_batch_size=1"],
@@ -26,30 +25,28 @@ ALONE = [["model.pattern=H"], ["model.pattern=G"], ["model.pattern=A"], ["model.
          ["model.pattern=A", "model.moe.experts=16", "model.moe.top_k=4", "model.moe.hidden_size=64"]]
 TENSOR = [["parallel.tensor=2", "parallel.sequence=true", f"model.pattern={kind}"] for kind in "HA"]
 CONTEXT = [["parallel.context=2", "train.micro_batch_size=1", f"model.pattern={kind}"] for kind in "HGA"]
-
-
+# one process has those of every second, another those between them: as much work for each
+HALVES = [ALONE[::2], ALONE[1::2]]
+RANKS = 2
 Rows = list[dict[str, float]]
 
 
-def saved(cases: list[list[str]], ranks: int) -> list[Rows]:
-    """For every rank {"measured", "planned"} of every case."""
+@pytest.fixture(scope="module")
+def saved() -> list[Rows]:
+    """{"measured", "planned"} of every case of: each half of ALONE; TENSOR and CONTEXT on each rank."""
+    pytest.importorskip("triton")
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
-    return finished([begun(cases, {"RANK": str(number), "LOCAL_RANK": str(number), "WORLD_SIZE": str(ranks),
-                                   "MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}) for number in range(ranks)])
-
-
-def begun(cases: list[list[str]], where: dict[str, str]) -> subprocess.Popen:
-    return subprocess.Popen([sys.executable, str(SCRIPT), *map(json.dumps, cases)], text=True,
-                            env={**ENVIRONMENT, **where}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-
-
-def finished(programs: list[subprocess.Popen]) -> list[Rows]:
-    said = [program.communicate(timeout=500)[0] for program in programs]
-    assert not any(program.returncode for program in programs), "\n".join(text[-3000:] for text in said)
-    results = [next(line for line in text.splitlines() if line.startswith("RESULT ")) for text in said]
-    return [json.loads(result.removeprefix("RESULT ")) for result in results]
+    jobs = [{"cases": half, "where": {}} for half in HALVES]
+    jobs += [{"cases": [*TENSOR, *CONTEXT], "where": {
+        "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(RANKS), "MASTER_ADDR": "localhost",
+        "MASTER_PORT": str(port)}} for rank in range(RANKS)]
+    done = subprocess.run([sys.executable, str(SCRIPT), *map(json.dumps, jobs)], text=True, env=ENVIRONMENT,
+                          stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=500, check=False)
+    assert done.returncode == 0, done.stdout[-6000:]
+    result = next(line for line in done.stdout.splitlines() if line.startswith("RESULT "))
+    return json.loads(result.removeprefix("RESULT "))
 
 
 def check(cases: list[list[str]], rows: Rows) -> None:
@@ -58,27 +55,18 @@ def check(cases: list[list[str]], rows: Rows) -> None:
         assert row["planned"] == pytest.approx(row["measured"], rel=1e-3), case
 
 
-def test_one_rank():
-    pytest.importorskip("triton")
-    halves = ALONE[::2], ALONE[1::2]
-    for cases, rows in zip(halves, finished([begun(cases, {}) for cases in halves]), strict=True):
+def test_one_rank(saved):
+    for cases, rows in zip(HALVES, saved[:-RANKS], strict=True):
         check(cases, rows)
 
 
-@pytest.fixture(scope="module")
-def over_ranks() -> list[Rows]:
-    """TENSOR and CONTEXT on two ranks."""
-    pytest.importorskip("triton")
-    return saved([*TENSOR, *CONTEXT], 2)
+@pytest.mark.distributed
+def test_over_tensor_ranks(saved):
+    check(TENSOR, saved[-RANKS][:len(TENSOR)])
 
 
 @pytest.mark.distributed
-def test_over_tensor_ranks(over_ranks):
-    check(TENSOR, over_ranks[0][:len(TENSOR)])
-
-
-@pytest.mark.distributed
-def test_over_context_ranks(over_ranks):
+def test_over_context_ranks(saved):
     """The last rank is the one to which others' tokens come; softmax attention there needs a mask, on a CPU."""
-    first, last = (rows[len(TENSOR):] for rows in over_ranks)
+    first, last = (rows[len(TENSOR):] for rows in saved[-RANKS:])
     check(CONTEXT, [*last[:2], first[2]])

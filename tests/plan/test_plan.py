@@ -9,12 +9,13 @@ from pathlib import Path
 
 import pytest
 
-from hola_megatron.config import check_recipe, load_recipe
+from hola_megatron.config import load_recipe
 from hola_megatron.model.flops import flops_per_token
 from hola_megatron.plan.estimate import Machine, make_plan
 from hola_megatron.plan.memory import GB, worst_stage
 from hola_megatron.plan.report import report
 from hola_megatron.plan.table import GPUS, MEMORY_GB, layout_table
+from hola_megatron.recipe_checks import check_recipe
 
 ROOT = Path(__file__).parent.parent.parent
 RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))

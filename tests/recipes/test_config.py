@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from hola_megatron.config import build_recipe, check_recipe, describe_fields, load_recipe
+from hola_megatron.config import build_recipe, describe_fields, load_recipe
 from hola_megatron.errors import RecipeError
 from hola_megatron.plan.parameters import parameters_by_part
+from hola_megatron.recipe_checks import check_recipe
 
 RECIPES = sorted((Path(__file__).parent.parent.parent / "recipes").glob("*.yaml"))
 TINY = RECIPES[0].parent / "hola_tiny.yaml"
@@ -197,9 +198,9 @@ def test_the_others_say_it_at_their_head(name):
     ("fp8.recipe=current", "fp8.recipe: current is not possible with train.cuda_graph; set it to null"),
     ("engine=deepspeed", "engine: deepspeed is not possible with train.cuda_graph; set it to megatron"),
     ("model.pattern=HA", "train.cuda_graph: true is not possible where softmax attention keeps documents separate"),
-    ("model.backend=torch", "train.cuda_graph: true needs the Triton backend"),
-    ("model.key_dim=32", "train.cuda_graph: true needs the Triton backend: model.key_dim and value_dim of (64, 128, "
-                         "256), not 32"),
+    ("model.backend=torch", "model.backend: torch is not possible with train.cuda_graph; set it to auto or triton"),
+    ("model.key_dim=32", "model.key_dim: 32 is not possible with train.cuda_graph, whose kernels take 64, 128, 256"),
+    ("model.conv_width=5", "model.conv_width: 5 is not possible with train.cuda_graph, whose kernels take 4 at most"),
     ("model.cache.score=random", "model.cache.score: random is not possible with train.cuda_graph; set it to betae")])
 def test_what_cannot_be_captured_is_refused(override, said):
     assert any(problem.startswith(said) for problem in refused("train.cuda_graph=true", override))

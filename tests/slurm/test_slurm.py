@@ -6,7 +6,9 @@ each other, as they mostly wait; every test then looks at its own.
 
 from __future__ import annotations
 
+import itertools
 import json
+import os
 import re
 import sys
 import tempfile
@@ -17,11 +19,11 @@ from pathlib import Path
 
 import pytest
 from cluster import Cluster, install
-from helpers import ROOT, checkpoint_tensors, metric_rows, write_recipe
+from helpers import ROOT, checkpoint_tensors, metric_rows, run_ranks, write_recipe
 
 pytestmark = pytest.mark.distributed
 
-STEPS = 48
+STEPS = 36
 ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY")
 
 
@@ -42,8 +44,10 @@ class Job:
 
     def wait(self, what: Callable[[], bool], meaning: str, seconds: float = 150) -> None:
         deadline = time.monotonic() + seconds
-        while not what():
-            state = self.field("JobState")
+        for look in itertools.count(1):
+            if what():
+                return
+            state = self.field("JobState") if look % 10 == 0 else ""  # asking Slurm takes more than looking
             if (state in ENDED or time.monotonic() > deadline) and not what():
                 raise AssertionError(f"job {self.number} ({state}) never: {meaning}\n{self.said()[-4000:]}\n"
                                      f"{self.cluster.logs()[-4000:]}")
@@ -75,12 +79,17 @@ class Submitter:
         self.site.write_text(f"HOLA_PYTHON={sys.executable}\nexport HOLA_DEVICE=${{DEVICE:-cpu}}\n"
                              "export TORCHDYNAMO_DISABLE=1 OMP_NUM_THREADS=1 SBATCH_GPUS_PER_NODE=0\n")
 
+    def run(self, name: str) -> Path:
+        return self.folder / name / "run"
+
+    def recipe(self, name: str) -> Path:
+        return write_recipe(self.folder / f"{name}.json", self.data / "train", run_dir=str(self.run(name)),
+                            train__steps=STEPS)
+
     def __call__(self, name: str, *arguments: str, options: tuple[str, ...] = (), ranks: int = 2,
                  by_itself: bool = False, **environment: str) -> Job:
         """`sbatch options slurm/hola_340m.sh arguments`; with by_itself the script calls sbatch."""
-        run = self.folder / name / "run"
-        recipe = write_recipe(self.folder / f"{name}.json", self.data / "train", run_dir=str(run), train__steps=STEPS)
-        log = self.folder / f"{name}.log"
+        recipe, run, log = self.recipe(name), self.run(name), self.folder / f"{name}.log"
         variables = {"HOLA_SITE": str(self.site), "HOLA_RECIPE": str(recipe), "HOLA_RANKS_PER_NODE": str(ranks),
                      "HOLA_MIN_FREE_GB": "1", "SBATCH_OUTPUT": str(log), **environment}
         command = ["slurm/hola_340m.sh"] if by_itself else ["sbatch", "--gpus-per-node=0", *options,
@@ -106,13 +115,12 @@ def submit(tmp_path_factory, text_data) -> Iterator[Submitter]:
 @pytest.fixture(scope="module")
 def jobs(submit) -> dict[str, Job]:
     """Most of them: while one starts or waits, another runs."""
-    for name in ("preempted", "whole"):  # a run of an earlier day, which --new moves aside
-        (submit.folder / name / "run").mkdir(parents=True)
-        (submit.folder / name / "run/of_an_earlier_day").touch()
+    submit.run("preempted").mkdir(parents=True)  # a run of an earlier day, which --new moves aside
+    (submit.run("preempted") / "of_an_earlier_day").touch()
     return {
         # one rank on each of two nodes, so that a run has a rendezvous between nodes
         "preempted": submit("preempted", "--new", options=("--nodes=2",), ranks=1),
-        "bad": submit("bad", "train.stpes=3"),
+        "bad": submit("bad", "train.stpes=3", by_itself=True),
         "full": submit("full", HOLA_MIN_FREE_GB="1000000000"),
         "no_gpu": submit("no_gpu", ranks=999, DEVICE="cuda"),
     }
@@ -129,27 +137,33 @@ def tasks(submit) -> list[Job]:
             for task in (1, 2)]
 
 
+def on_cpu() -> None:
+    """As site.sh has it."""
+    os.environ["HOLA_DEVICE"] = "cpu"
+
+
 def test_an_interrupted_run_ends_as_the_uninterrupted_one(jobs, submit):
     job = jobs["preempted"]
     for number, (step, *command) in enumerate([
-            (5, "scontrol", "requeue"),                         # as preemption: SIGTERM to all, later SIGKILL
-            (12, "scancel", "--signal=TERM"),                   # to the ranks' step
-            (19, "scancel", "--batch", "--signal=USR1")]):      # as --signal=B:USR1@300: to the script
+            (3, "scontrol", "requeue"),                         # as preemption: SIGTERM to all, later SIGKILL
+            (6, "scancel", "--signal=TERM"),                    # to the ranks' step
+            (9, "scancel", "--batch", "--signal=USR1")]):       # as --signal=B:USR1@300: to the script
         job.wait_for_step(step)
         job.cluster.ask(*command, job.number, check=True)
         job.wait_for("stopped by SIG", number + 1)
-        if number == 0:  # Slurm takes 18 seconds now until it starts the job again
-            jobs["whole"] = submit("whole", "--new", by_itself=True)
+        if number == 0:  # Slurm takes 12 seconds now until it starts the job again
+            whole = run_ranks([str(submit.recipe("whole"))], submit.folder / "whole.log", ranks=2, before=on_cpu)
+            assert whole.code == 0, whole.output
         job.wait_for(f"attempt {number + 2},")
         assert metric_rows(job.run)[-1]["step"] < STEPS, "the signal came too late to interrupt anything"
     assert job.wait_for_end() == "0:0", job.said()
     assert job.field("Restarts") == "3"
-    assert jobs["whole"].wait_for_end() == "0:0", jobs["whole"].said()
 
-    rows, whole = metric_rows(job.run), metric_rows(jobs["whole"].run)
-    assert [row["step"] for row in rows] == list(range(1, STEPS + 1))
-    assert [row["loss"] for row in rows] == [row["loss"] for row in whole]
-    ends = [which.run / f"checkpoints/step_{STEPS:08d}" for which in (jobs["whole"], job)]
+    runs = [submit.run(name) for name in ("whole", "preempted")]
+    want, have = (metric_rows(run) for run in runs)
+    assert [row["step"] for row in have] == list(range(1, STEPS + 1))
+    assert [row["loss"] for row in have] == [row["loss"] for row in want]
+    ends = [run / f"checkpoints/step_{STEPS:08d}" for run in runs]
     for kind in ("weight", "exp_avg", "exp_avg_sq"):
         want, have = (checkpoint_tensors(end, kind) for end in ends)
         assert want.keys() == have.keys() and all(want[name].equal(have[name]) for name in want)
@@ -169,10 +183,9 @@ def test_the_log_goes_on_and_says_what_happened(jobs):
 
 
 def test_new_is_carried_out_once_and_not_after_a_restart(jobs):
-    for name in ("preempted", "whole"):
-        aside = [path.name for path in jobs[name].run.parent.iterdir() if path.name.startswith("run.old")]
-        assert aside == ["run.old-1"]
-        assert (jobs[name].run.parent / "run.old-1/of_an_earlier_day").exists()
+    beside = jobs["preempted"].run.parent
+    assert [path.name for path in beside.iterdir() if path.name.startswith("run.old")] == ["run.old-1"]
+    assert (beside / "run.old-1/of_an_earlier_day").exists()
 
 
 def test_a_bad_recipe_is_code_2_and_not_queued_again(jobs):

@@ -1,7 +1,7 @@
 """The training program with one fault built in, for tests: python tests/train/faults.py FAULT RECIPE ...
 
 FAULT is kind@step[@rank]: nan_loss, nan_gradient, nan_weight, nan_after (a weight, once updated),
-noise (random tokens), hang, die, stopped, slow.
+noise (random tokens), hang, die, stopped, slow, interrupt (a signal that asks for the end).
 `install` does the same inside a test's own process.
 """
 
@@ -58,7 +58,7 @@ class Fault:
         if self.now and self.kind == "nan_loss":
             total, seen = total * torch.nan, {"sums": seen["sums"] * torch.tensor([torch.nan, 1.0])}
         if self.now and self.kind == "slow":
-            time.sleep(0.5)
+            time.sleep(0.3)
         return total, tokens, seen
 
     def noise(self, engine: Engine, batches: list[Any]) -> list[Any]:
@@ -76,6 +76,9 @@ class Fault:
 
     def die(self, engine: Engine, batches: list[Any]) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
+
+    def interrupt(self, engine: Engine, batches: list[Any]) -> None:
+        os.kill(os.getpid(), signal.SIGUSR1)
 
     def stopped(self, engine: Engine, batches: list[Any]) -> None:
         os.kill(os.getpid(), signal.SIGSTOP)

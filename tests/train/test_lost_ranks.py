@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 import pytest
-from helpers import run_program, run_ranks, write_recipe
+from helpers import run_ranks, write_recipe
 from train.faults import install_named
-from train.quick_launch import SECONDS
+from train.quick_launch import SECONDS, launch_quickly
 
 from hola_megatron.monitor.watchdog import blame
 
@@ -21,28 +23,48 @@ HANG_SECONDS = 5
 STATED_SECONDS = HANG_SECONDS + 15 + SECONDS
 
 
-def run_with(fault: str, folder: Path, data: Path) -> tuple[int, str, float]:
-    """(exit code, output, seconds from the fault to the end)"""
-    recipe = write_recipe(folder / "recipe.yaml", data / "train", run_dir=str(folder / "run"), train__steps=50,
+FAULTS = {"hang": "hang@4@1", "stopped": "stopped@4@1", "killed": "die@4@1"}
+
+
+@dataclass
+class Ended:
+    """How a run with a fault ended, and how many seconds after the fault."""
+
+    run: Path
+    code: int
+    output: str
+    seconds: float
+
+
+def run_with(fault: str, folder: Path, data: Path) -> Ended:
+    run = folder / "run"
+    recipe = write_recipe(folder / "recipe.yaml", data / "train", run_dir=str(run), train__steps=50,
                           parallel__hang_seconds=HANG_SECONDS, checkpoint__every=2)
-    done = run_program(["tests/train/quick_launch.py", "--nproc-per-node", "2", "tests/train/faults.py", fault,
-                        str(recipe)], folder / "log.txt")
-    assert "Traceback" not in done.output, done.output[-3000:]
-    return done.code, done.output, time.time() - (folder / "run/metrics.jsonl").stat().st_mtime
+    done = launch_quickly(["tests/train/faults.py", fault, str(recipe)], folder / "log.txt", ranks=2)
+    return Ended(run, done.code, done.output, time.time() - (run / "metrics.jsonl").stat().st_mtime)
 
 
-@pytest.mark.parametrize(("fault", "said"), [
-    ("hang@4@1", "hangs in hang (faults.py:"), ("stopped@4@1", "rank 1 no longer answers"),
-    ("die@4@1", "rank 1 has died")], ids=["hang", "stopped", "killed"])
-def test_a_lost_rank_is_named_and_ends_the_run(fault, said, text_data, tmp_path):
-    code, output, seconds = run_with(fault, tmp_path, text_data)
-    assert code == 76, output[-3000:]
-    assert output.count("LostError") == 1 and said in output and "rank 1" in output and "after step 3" in output
-    assert "start the same command again" in output
-    assert seconds < STATED_SECONDS
-    assert (tmp_path / "run/checkpoints/step_00000002/manifest.json").exists()
-    if not fault.startswith("die"):
-        assert "train_step" in (tmp_path / "run/hang/rank-00000.txt").read_text()
+@pytest.fixture(scope="module")
+def ended(text_data, tmp_path_factory) -> dict[str, Ended]:
+    """A run for each fault, side by side: they mostly wait."""
+    with ThreadPoolExecutor(len(FAULTS)) as pool:
+        runs = {kind: pool.submit(run_with, fault, tmp_path_factory.mktemp(kind), text_data)
+                for kind, fault in FAULTS.items()}
+    return {kind: run.result() for kind, run in runs.items()}
+
+
+@pytest.mark.parametrize(("kind", "said"), [
+    ("hang", "hangs in hang (faults.py:"), ("stopped", "rank 1 no longer answers"), ("killed", "rank 1 has died")])
+def test_a_lost_rank_is_named_and_ends_the_run(kind, said, ended):
+    found = ended[kind]
+    assert found.code == 76 and "Traceback" not in found.output, found.output[-3000:]
+    assert found.output.count("LostError") == 1 and said in found.output, found.output[-3000:]
+    assert "rank 1" in found.output and "after step 3" in found.output
+    assert "start the same command again" in found.output
+    assert found.seconds < STATED_SECONDS
+    assert (found.run / "checkpoints/step_00000002/manifest.json").exists()
+    if kind != "killed":
+        assert "train_step" in (found.run / "hang/rank-00000.txt").read_text()
 
 
 def said(step: int, waits: bool, where: str, host: str = "a") -> dict:
@@ -64,8 +86,8 @@ def test_who_is_blamed(seen, wanted):
 
 
 def test_a_slow_rank_is_named(text_data, tmp_path):
-    recipe = write_recipe(tmp_path / "recipe.yaml", text_data / "train", run_dir=str(tmp_path / "run"), train__steps=7,
-                          log__every=7, log__straggler_ratio=2.0)
+    recipe = write_recipe(tmp_path / "recipe.yaml", text_data / "train", run_dir=str(tmp_path / "run"), train__steps=6,
+                          log__every=6, log__straggler_ratio=2.0)
     done = run_ranks([str(recipe)], tmp_path / "log.txt", ranks=2, before=partial(install_named, "slow@1+@1"))
     assert done.code == 0 and "slow | rank 1 on " in done.output and "slow | rank 0" not in done.output
 

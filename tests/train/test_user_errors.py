@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import run_main, run_program, write_recipe
+from train.quick_launch import launch_quickly
 
 from hola_megatron.checkpoint.folder import Checkpoint, newest_usable
 from hola_megatron.config import MoeConfig, Recipe, load_recipe
@@ -48,9 +49,10 @@ def copy(finished, tmp_path) -> Path:
 @pytest.mark.distributed
 def test_errors_of_the_real_program_are_said_once_by_all_ranks_together(copy):
     """Before the process group exists (recipe) and after (data)."""
-    for change, wanted, said in (("train.stps=3", 2, "train.stps: no such key (did you mean train.steps?)"),
-                                 (f"data.train={copy / 'nothing'}", 3, f"{copy / 'nothing'}: no such data folder")):
-        done = run_program(["-m", "hola_megatron.train", str(copy / "recipe.yaml"), change], copy / "log.txt", ranks=2)
+    for start, change, wanted, said in (
+            (run_program, "train.stps=3", 2, "train.stps: no such key (did you mean train.steps?)"),
+            (launch_quickly, f"data.train={copy / 'nothing'}", 3, f"{copy / 'nothing'}: no such data folder")):
+        done = start(["-m", "hola_megatron.train", str(copy / "recipe.yaml"), change], copy / "log.txt", ranks=2)
         assert done.code == wanted and done.output.count(said) == 1 and "Traceback" not in done.output, done.output
 
 

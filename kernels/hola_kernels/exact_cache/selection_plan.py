@@ -14,13 +14,12 @@ Sequences of one span (the usual pretraining length) need the last step only.
 
 from __future__ import annotations
 
-import functools
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from hola_kernels.memo import remember
+from hola_kernels.memo import by_shape, remember
 from hola_kernels.segments import dense_cu_seqlens
 
 CANDIDATES = 2048  # places of one tile of the selection kernel
@@ -57,7 +56,7 @@ def selection_plan(cuts: Tensor, tokens: int, block: int, slots: int, units: int
                     lambda: _build(cuts, tokens, tokens, block, slots, units, incoming))
 
 
-@functools.lru_cache(maxsize=64)
+@by_shape
 def _dense_plan(segments: int, tokens: int, block: int, slots: int, units: int, incoming: bool,
                 device: torch.device) -> SelectionPlan:
     length = tokens // max(segments, 1)

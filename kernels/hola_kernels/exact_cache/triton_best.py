@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import functools
-
 import torch
 from torch import Tensor
 
 from hola_kernels.exact_cache.selection_plan import CANDIDATES
 from hola_kernels.exact_cache.triton_select import launch_top_slots
+from hola_kernels.memo import by_shape
 
 
 def best_rows(score_MH: Tensor, runs: tuple[tuple[int, int], ...], slots: int) -> Tensor:
@@ -27,7 +26,7 @@ def best_rows(score_MH: Tensor, runs: tuple[tuple[int, int], ...], slots: int) -
     return rows
 
 
-@functools.lru_cache(maxsize=64)
+@by_shape
 def _jobs(runs: tuple[tuple[int, int], ...], device: torch.device) -> tuple[Tensor, Tensor]:
     """Jobs as in `SelectionPlan`: spans of every run, then the lists of a run's spans joined."""
     spans, joins = [], []

@@ -13,8 +13,6 @@ is exact, and only dS_out has to come from elsewhere.
 
 from __future__ import annotations
 
-import functools
-
 import torch
 from torch import Tensor
 
@@ -23,6 +21,7 @@ from hola_kernels.checks import check_tokens
 from hola_kernels.gated_delta import triton_refusal
 from hola_kernels.gated_delta.reference import gated_delta_reference
 from hola_kernels.gated_delta.torch_chunked import chunk_factors, pad_chunks
+from hola_kernels.memo import by_shape
 from hola_kernels.norms import compute_dtype
 from hola_kernels.segments import dense_cu_seqlens
 
@@ -123,7 +122,7 @@ def _gradient_torch(q: Tensor, k: Tensor, log_decay: Tensor, beta: Tensor, do: T
     return gradient
 
 
-@functools.lru_cache(maxsize=64)
+@by_shape
 def _host_cuts(tokens: int, pieces: int) -> Tensor:
     """On the CPU and the same tensor every time: the kernels keep one layout for it, and nothing waits."""
     return _dense_cuts(tokens, pieces, torch.device("cpu"))

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from hola_kernels.memo import remember
+from hola_kernels.memo import hold, remember
 from hola_kernels.transfer import sent
 from hola_kernels.unit_table import COUNT, START, unit_table
 
@@ -70,7 +70,7 @@ def layout_of(cu_seqlens: Tensor, device: torch.device, span_chunks: int) -> Lay
     key = (str(device), span_chunks)
     if key not in layouts:
         layouts[key] = cut_spans(cuts, device, span_chunks)
-    return layouts[key]
+    return hold(layouts[key])
 
 
 def bounded_layout(cuts: Tensor, tokens: int, span_chunks: int, split: bool) -> Layout:
