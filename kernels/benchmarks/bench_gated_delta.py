@@ -1,11 +1,11 @@
 """Times the gated delta rule with scores: correctness gate, then medians, memory and rates as a Markdown table.
 
-    PYTHONPATH=kernels python kernels/benchmarks/bench_gated_delta.py [--peer] [--shape B,T,H,K,V] [--dtype bfloat16]
+    PYTHONPATH=kernels python kernels/benchmarks/bench_gated_delta.py [--peer] [--graph] [--shape B,T,H,K,V]
 
---peer times flash-linear-attention's chunk_gated_delta_rule in the same process on the same inputs (its scores are
-not computed: it has none). Nothing is timed where the gate fails. FLOPs are those of the definition (6 K V a token
-and head forward, three times that with the backward pass), not the work done; bytes are the inputs, outputs and
-gradients, each once.
+--peer times flash-linear-attention's chunk_gated_delta_rule in the same process on the same inputs (without scores: it
+has none). --graph: as replayed CUDA graphs, without the host. Nothing is timed where the gate fails. FLOPs
+are those of the definition (6 K V a token and head forward, three times that with the backward pass), not the work done;
+bytes are the inputs, outputs and gradients, each once.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from pathlib import Path
 
 import torch
 import triton
+from timing import milliseconds
 from torch import Tensor
 
 from hola_kernels import gated_delta_rule
@@ -33,12 +34,13 @@ def main() -> int:
     parser.add_argument("--peer", action="store_true", help="also time flash-linear-attention, where it is installed")
     parser.add_argument("--shape", action="append", metavar="B,T,H,K,V", help="instead of the standard shapes")
     parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float16", "float32"))
+    parser.add_argument("--graph", action="store_true", help="replay CUDA graphs: the device's time alone")
     options = parser.parse_args()
     shapes = [tuple(map(int, shape.split(","))) for shape in options.shape] if options.shape else SHAPES
     dtype = getattr(torch, options.dtype)
 
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, triton {triton.__version__}, "
-          f"commit {commit()}, {options.dtype}\n")
+          f"commit {commit()}, {options.dtype}{', CUDA graphs' if options.graph else ''}\n")
     wrong = [line for key, value in sorted({shape[3:] for shape in shapes}) for line in gate(key, value, dtype)]
     if wrong:
         print("nothing timed, the gate fails:", *wrong, sep="\n  ")
@@ -51,7 +53,7 @@ def main() -> int:
     for shape in shapes:
         inputs, do = make_inputs(shape, dtype)
         for name, operation in operations.items():
-            print(row(shape, name, operation, inputs, do), flush=True)
+            print(row(shape, name, operation, inputs, do, graph=options.graph), flush=True)
         del inputs, do
         torch.cuda.empty_cache()
     return 0
@@ -82,7 +84,8 @@ def make_inputs(shape: tuple[int, ...], dtype: torch.dtype) -> tuple[dict[str, T
     return {name: x.requires_grad_() for name, x in inputs.items()}, normal(batch, length, heads, value).to(dtype)
 
 
-def row(shape: tuple[int, ...], name: str, operation: Operation, inputs: dict[str, Tensor], do: Tensor) -> str:
+def row(shape: tuple[int, ...], name: str, operation: Operation, inputs: dict[str, Tensor], do: Tensor, *,
+        graph: bool) -> str:
     batch, length, heads, key, value = shape
 
     def forward() -> Tensor:
@@ -99,7 +102,7 @@ def row(shape: tuple[int, ...], name: str, operation: Operation, inputs: dict[st
     both()
     torch.cuda.synchronize()
     peak = (torch.cuda.max_memory_allocated() - before) / 2**30
-    one, two = (triton.testing.do_bench(f, warmup=50, rep=200, return_mode="median") for f in (forward, both))
+    one, two = (milliseconds(f, graph=graph) for f in (forward, both))
     flops = 3 * 6 * batch * length * heads * key * value
     tensors = [*inputs.values(), do]
     moved = sum(x.numel() * x.element_size() for x in [*tensors, *tensors])

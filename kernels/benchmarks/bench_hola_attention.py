@@ -1,6 +1,6 @@
 """Times the whole hola_attention (state, scores, selection, exact read) beside flash attention and, if installed, FLA.
 
-    PYTHONPATH=kernels python kernels/benchmarks/bench_hola_attention.py [--peer] [--shape B,T,H,K,V] [--dtype bfloat16]
+    PYTHONPATH=kernels python kernels/benchmarks/bench_hola_attention.py [--peer] [--graph] [--shape B,T,H,K,V]
 
 One process, the same q, k, v. Correctness gate first, against the float64 torch backend on a shorter sequence, forward
 and every gradient; nothing is timed where it fails. Columns as in bench_gated_delta.py.
@@ -27,11 +27,12 @@ def main() -> int:
     parser.add_argument("--peer", action="store_true", help="also time flash-linear-attention's gated delta rule")
     parser.add_argument("--shape", action="append", metavar="B,T,H,K,V", help="instead of the standard shapes")
     parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float16", "float32"))
+    parser.add_argument("--graph", action="store_true", help="replay CUDA graphs: the device's time alone")
     options = parser.parse_args()
     shapes = [tuple(map(int, shape.split(","))) for shape in options.shape] if options.shape else SHAPES
     dtype = getattr(torch, options.dtype)
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, triton {triton.__version__}, commit {commit()}, "
-          f"{options.dtype}\n")
+          f"{options.dtype}{', CUDA graphs' if options.graph else ''}\n")
     wrong = [line for key, value in sorted({shape[3:] for shape in shapes}) for line in gate(key, value, dtype)]
     if wrong:
         print("nothing timed, the gate fails:", *wrong, sep="\n  ")
@@ -40,12 +41,12 @@ def main() -> int:
           "|---|---|---|---|---|---|---|")
     for shape in shapes:
         inputs, do = make_inputs(shape, dtype)
-        print(row(shape, "hola_attention", ours(shape), inputs, do), flush=True)
+        print(row(shape, "hola_attention", ours(shape), inputs, do, graph=options.graph), flush=True)
         if options.peer:
-            print(row(shape, "FLA gated delta rule, no cache", peer(), inputs, do), flush=True)
+            print(row(shape, "FLA gated delta rule, no cache", peer(), inputs, do, graph=options.graph), flush=True)
         if shape[3] == shape[4] and shape[1] <= 32768:
             plain = {name: inputs[name] for name in ("q", "k", "v")}
-            print(row(shape, "flash attention (SDPA)", softmax_attention, plain, do), flush=True)
+            print(row(shape, "flash attention (SDPA)", softmax_attention, plain, do, graph=options.graph), flush=True)
         del inputs, do
         torch.cuda.empty_cache()
     return 0

@@ -1,6 +1,6 @@
 """Times one token mixer with its projections, forward and backward, beside flash-linear-attention's layer.
 
-    PYTHONPATH=.:kernels python kernels/benchmarks/bench_layer.py [--peer] [--shape B,T,D,H,K] [--gate-only]
+    PYTHONPATH=.:kernels python kernels/benchmarks/bench_layer.py [--peer] [--graph] [--shape B,T,D,H,K] [--gate-only]
 
 Ours is the mixer of a training step as hola_megatron builds it on this machine (Transformer Engine's projections where
 it is installed): fused input projection, convolution, state and exact cache, gated norm, output projection; HOLA and
@@ -8,7 +8,7 @@ Gated DeltaNet. Theirs is fla.layers.GatedDeltaNet. bfloat16, whole samples pack
 Correctness gate first: output and every gradient against the float32 torch backend, theirs with the same weights too;
 nothing is timed where it fails. A gradient may be further off than the limit where that of the plain bfloat16 layer
 (torch backend) is too, by a quarter at most and never by twice: the gammas' small sums over all tokens lose digits in
-any bfloat16.
+any bfloat16. --graph: as replayed CUDA graphs, without the host.
 """
 
 from __future__ import annotations
@@ -63,6 +63,7 @@ def main() -> int:
     parser.add_argument("--peer", action="store_true", help="also flash-linear-attention's layer")
     parser.add_argument("--shape", action="append", type=sizes, metavar="B,T,D,H,K",
                         help="instead of the standard shapes")
+    parser.add_argument("--graph", action="store_true", help="replay CUDA graphs: the device's time alone")
     parser.add_argument("--gate-only", action="store_true", help="check, and time nothing")
     options = parser.parse_args()
     shapes = [Shape(*size) for size in options.shape or SHAPES]
@@ -83,9 +84,10 @@ def main() -> int:
         print("\n| | layer | forward ms | forward + backward ms | peak extra GiB |\n|---|---|---:|---:|---:|")
         for shape in shapes:
             for name, kind in kinds.items():
-                print(row(shape, f"hola_megatron {name}", ours(build(shape, kind, "cuda"), shape)), flush=True)
+                layer = ours(build(shape, kind, "cuda"), shape, in_graph=options.graph)
+                print(row(shape, f"hola_megatron {name}", layer, graph=options.graph), flush=True)
             if options.peer:
-                print(row(shape, "fla Gated DeltaNet", peer(shape)), flush=True)
+                print(row(shape, "fla Gated DeltaNet", peer(shape), graph=options.graph), flush=True)
     stop()
     return 0
 
@@ -114,12 +116,13 @@ def build(shape: Shape, kind: str, device: str, *overrides: str) -> nn.Module:
     return mixer
 
 
-def ours(mixer: nn.Module, shape: Shape) -> Layer:
-    """[B, T, D] -> the same, all samples packed into one row."""
+def ours(mixer: nn.Module, shape: Shape, in_graph: bool = False) -> Layer:
+    """[B, T, D] -> the same, all samples packed into one row; in_graph: as a graph of training has the documents."""
     cuts = torch.arange(0, shape.batch * shape.length + 1, shape.length, dtype=torch.int32)
+    fixed = cuts.long().to(next(mixer.parameters()).device)
 
     def run(x_BTD: Tensor) -> Tensor:
-        documents = Documents.from_cuts(cuts, x_BTD.device)
+        documents = Documents.bounded(fixed, shape.length) if in_graph else Documents.from_cuts(cuts, x_BTD.device)
         y, _ = mixer(x_BTD.flatten(0, 1)[:, None], packed_seq_params=documents)
         return y.view_as(x_BTD)
 
@@ -230,8 +233,8 @@ def differences(found: dict[str, Tensor], expected: dict[str, Tensor],
     return wrong
 
 
-def row(shape: Shape, name: str, layer: Layer) -> str:
-    import triton
+def row(shape: Shape, name: str, layer: Layer, *, graph: bool) -> str:
+    from timing import milliseconds  # beside this file, where a program finds it
 
     x, dy = _inputs(shape, "cuda")
     x = x.requires_grad_()
@@ -253,8 +256,8 @@ def row(shape: Shape, name: str, layer: Layer) -> str:
     both()
     torch.cuda.synchronize()
     peak = (torch.cuda.max_memory_allocated() - before) / 2**30
-    one = triton.testing.do_bench(forward, warmup=50, rep=300, return_mode="median")
-    two = triton.testing.do_bench(both, warmup=50, rep=300, grad_to_none=cleared, return_mode="median")
+    one = milliseconds(forward, graph=graph, rep=300)
+    two = milliseconds(both, graph=graph, rep=300, grad_to_none=cleared)
     return f"| {shape} | {name} | {one:.3f} | {two:.3f} | {peak:.2f} |"
 
 
