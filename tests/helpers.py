@@ -89,10 +89,10 @@ def run_ranks(arguments: list[str], log: Path, *, ranks: int, timeout: float = 3
             process.join()
 
 
-def rank_server() -> tuple[Any, int]:
+def rank_server(preload: str = "preloaded") -> tuple[Any, int]:
     """(the multiprocessing context that forks ranks from a process with everything imported, a free port)."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["preloaded"])
+    context.set_forkserver_preload([preload])
     with socket.socket() as free:
         free.bind(("localhost", 0))
         return context, free.getsockname()[1]

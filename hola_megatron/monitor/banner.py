@@ -15,6 +15,7 @@ from hola_megatron.model.config import choose_spec
 from hola_megatron.model.flops import flops_per_token, matmul_parameters, peak_flops
 from hola_megatron.monitor.console import code_version, device_name, short
 from hola_megatron.parallel.groups import Layout
+from hola_megatron.plan.parameters import parameters_by_part
 
 
 def print_banner(recipe: Recipe, layout: Layout, engine: Engine, mixture: Mixture,
@@ -28,6 +29,7 @@ def print_banner(recipe: Recipe, layout: Layout, engine: Engine, mixture: Mixtur
     spec, spec_why = choose_spec(model)
     tokens = train.steps * recipe.tokens_per_step
     data_size = sum(dataset.info["tokens"] for dataset in mixture.datasets)
+    counts = parameters_by_part(model)
     begin = f"resuming at step {state.step:,} ({short(state.step * recipe.tokens_per_step)} tokens)" if state.step \
         else "new run"
     lines = {
@@ -35,6 +37,8 @@ def print_banner(recipe: Recipe, layout: Layout, engine: Engine, mixture: Mixtur
         "code": f"{code_version()}, torch {torch.__version__}, python {sys.version.split()[0]}",
         "model": f"{recipe.name}: {model.layers} layers {_runs(model.layer_kinds)}, width {model.hidden_size}; "
                  f"{short(matmul_parameters(model))} matmul parameters",
+        "weights": f"{short(counts.pop('total'))} parameters: "
+                   + ", ".join(f"{name.replace('_', ' ')} {short(n)}" for name, n in counts.items() if n),
         "flops": f"{flops / 1e9:.3g} GFLOP a token, {flops * tokens:.2e} in all",
         "layout": f"{layout.describe()}; {recipe.micro_batches(layout.world)} micro-batches of "
                   f"{train.micro_batch_size} x {train.sequence_length} tokens on each of {layout.data} data ranks"

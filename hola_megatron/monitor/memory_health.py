@@ -1,7 +1,7 @@
 """What the exact memory does: shown at every validation, because a cache nobody reads is a silent failure.
 
-Per HOLA layer, over one validation batch: the share of the read's softmax on cached tokens,
-own block and sink; the gate; quantiles of the write score and of the decay.
+Per HOLA layer, over one validation batch: the share of the read's softmax on cached tokens, own block and sink; the
+gate; quantiles of the write score, of the decay, and of the cached tokens' age (in tokens, when their block begins).
 """
 
 from __future__ import annotations
@@ -13,11 +13,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from hola_kernels import gated_delta_rule, read_mass
+from hola_kernels import cache_ages, gated_delta_rule, read_mass
 from hola_megatron.model.mixer import DeltaMixer
 from hola_megatron.parallel.context import OverRanks, scores_and_memory, split_read
 
-FIELDS = ("cached", "block", "sink", "gate", "score_median", "score_p99", "decay_median", "decay_p01")
+FIELDS = ("cached", "block", "sink", "gate", "score_median", "score_p99", "decay_median", "decay_p01",
+          "age_median", "age_p90")
 
 
 @contextmanager
@@ -53,23 +54,35 @@ def measure(mixer: DeltaMixer, tokens: dict[str, Tensor], cuts: Tensor | None,
         choices = {"block": arguments["block"], "slots": arguments["slots"], "backend": backend}
         read["score"], memory = scores_and_memory(**tokens, over=over, **choices)
         pieces = split_read(read, memory, over.part)
-    score, mass = read["score"], None
+    score, shares, ages = read["score"], [float("nan")] * 3, read["score"].new_empty(0)
     if ranks == "betae":
         mass = torch.cat([read_mass(**piece, cu_seqlens=piece_cuts, memory=memory, **arguments)
                           for piece, piece_cuts, memory in pieces], 1)
-    shares = [float("nan")] * 3 if mass is None else mass.flatten(0, 2).mean(0).tolist()
+        shares = mass.flatten(0, 2).mean(0).tolist()
+        sizes = {name: arguments[name] for name in ("block", "slots")}
+        ages = torch.cat([cache_ages(score=piece["score"], cu_seqlens=piece_cuts, memory=memory, **sizes)
+                          for piece, piece_cuts, memory in pieces])
     decay = tokens["log_decay"].exp().flatten().float()
     values = [*shares, float(gate), float(score.median()), _quantile(score, 0.99), float(decay.median()),
-              _quantile(decay, 0.01)]
+              _quantile(decay, 0.01), _quantile(ages, 0.5), _quantile(ages, 0.9)]
     if over is not None:
-        mean = torch.tensor(values, dtype=torch.float32, device=score.device)
-        dist.all_reduce(mean, group=over.group)
-        values = (mean / over.part.ranks).tolist()
+        values = _mean_over_ranks(values, over, score.device)
     return dict(zip(FIELDS, values, strict=True))
 
 
+def _mean_over_ranks(values: list[float], over: OverRanks, device: torch.device) -> list[float]:
+    """Of the ranks that have a value: the first may have no cached token."""
+    mine = torch.tensor(values, dtype=torch.float32, device=device)
+    sums = torch.stack([mine.nan_to_num(), (~mine.isnan()).float()])
+    dist.all_reduce(sums, group=over.group)
+    return (sums[0] / sums[1]).tolist()
+
+
 def _quantile(x: Tensor, q: float) -> float:
+    """NaN of nothing."""
     flat = x.flatten().float()
+    if not flat.numel():
+        return float("nan")
     return float(flat.kthvalue(max(1, round(q * flat.numel()))).values)
 
 

@@ -2,10 +2,10 @@
 
     PYTHONPATH=kernels python kernels/benchmarks/bench_gated_delta.py [--peer] [--graph] [--shape B,T,H,K,V]
 
---peer times flash-linear-attention's chunk_gated_delta_rule in the same process on the same inputs (without scores: it
-has none). --graph: as replayed CUDA graphs, without the host. Nothing is timed where the gate fails. FLOPs
-are those of the definition (6 K V a token and head forward, three times that with the backward pass), not the work done;
-bytes are the inputs, outputs and gradients, each once.
+--peer times flash-linear-attention's chunk_gated_delta_rule in the same process on the same inputs (without scores).
+--graph: as replayed CUDA graphs, without the host. Nothing is timed where the gate fails. FLOPs are those of the
+definition (6 K V a token and head forward, three times that with the backward pass), not the work done; bytes are the
+inputs, outputs and gradients, each once.
 """
 
 from __future__ import annotations

@@ -7,7 +7,7 @@ faster backends with the same signature and the same numbers.
 from hola_kernels.attention import hola_attention
 from hola_kernels.attention_step import hola_attention_step
 from hola_kernels.errors import KernelError
-from hola_kernels.exact_cache import exact_read, exact_read_only, read_mass, select_cache
+from hola_kernels.exact_cache import cache_ages, exact_read, exact_read_only, read_mass, select_cache
 from hola_kernels.gated_delta import gated_delta_rule
 from hola_kernels.gated_delta.state_map import entering_gradient, state_map
 from hola_kernels.gated_delta.step import gated_delta_step
@@ -16,6 +16,6 @@ from hola_kernels.memo import recording
 from hola_kernels.short_conv import short_conv, short_conv_step
 from hola_kernels.state import HolaState
 
-__all__ = ["HolaState", "KernelError", "entering_gradient", "exact_read", "exact_read_only", "gated_delta_rule",
-           "gated_delta_step", "gated_rms_norm", "hola_attention", "hola_attention_step", "read_mass", "recording",
-           "select_cache", "short_conv", "short_conv_step", "state_map"]
+__all__ = ["HolaState", "KernelError", "cache_ages", "entering_gradient", "exact_read", "exact_read_only",
+           "gated_delta_rule", "gated_delta_step", "gated_rms_norm", "hola_attention", "hola_attention_step",
+           "read_mass", "recording", "select_cache", "short_conv", "short_conv_step", "state_map"]

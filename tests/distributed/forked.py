@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import sys
 import time
@@ -15,15 +14,13 @@ from helpers import rank_server
 
 
 def run_on_ranks(target: Callable[..., None], ranks: int, folder: Path, *arguments: Any, timeout: float = 300,
-                 from_here: bool = False) -> None:
+                 preload: str = "preloaded") -> None:
     """target(rank, ranks, folder, *arguments) in a process each, with torchrun's variables; `folder` gets its output.
 
-    from_here: they are forked from this process, which has imported what they need and computed nothing yet. Ends all
-    of them when one fails or the time is over, and shows what they said.
+    preload: what their server imports, in a pytest where nobody has started it before. Ends all of them when one fails
+    or the time is over, and shows what they said.
     """
-    context, port = rank_server()
-    if from_here:
-        context = multiprocessing.get_context("fork")
+    context, port = rank_server(preload)
     processes = [context.Process(target=_rank, args=(target, rank, ranks, port, folder, arguments))
                  for rank in range(ranks)]
     for process in processes:
@@ -52,10 +49,9 @@ def _rank(target: Callable[..., None], rank: int, ranks: int, port: int, folder:
 
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(ranks), LOCAL_WORLD_SIZE=str(ranks),
                       MASTER_ADDR="localhost", MASTER_PORT=str(port), TORCHDYNAMO_DISABLE="1")
-    output = log_of(folder, ranks, rank).open("w", buffering=1)
-    os.dup2(output.fileno(), 1)
-    os.dup2(output.fileno(), 2)
-    sys.stdout = sys.stderr = output  # a fork has those of its pytest
+    with log_of(folder, ranks, rank).open("w") as output:
+        os.dup2(output.fileno(), 1)
+        os.dup2(output.fileno(), 2)
     torch.set_num_threads(1)
     try:
         target(rank, ranks, folder, *arguments)

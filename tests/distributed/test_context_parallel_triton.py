@@ -64,7 +64,7 @@ else:
     @pytest.fixture(scope="module")
     def found(tmp_path_factory) -> list[dict]:
         folder = tmp_path_factory.mktemp("ranks")
-        run_on_ranks(main, RANKS, folder, timeout=500, from_here=True)
+        run_on_ranks(main, RANKS, folder, timeout=500, preload="context_ranks")  # these need neither Megatron nor data
         return [torch.load(folder / f"rank{rank}.pt", weights_only=False) for rank in range(RANKS)]
 
     @pytest.mark.parametrize("name", CASES)

@@ -12,7 +12,12 @@ from hola_kernels.checks import check_cu_seqlens, check_memory, check_tokens, se
 from hola_kernels.errors import KernelError
 from hola_kernels.exact_cache.read_configs import read_refusal
 from hola_kernels.exact_cache.reference import exact_read_reference
-from hola_kernels.exact_cache.torch_blocks import exact_read_blocks, read_mass_blocks, select_tokens
+from hola_kernels.exact_cache.torch_blocks import (
+    cache_ages_blocks,
+    exact_read_blocks,
+    read_mass_blocks,
+    select_tokens,
+)
 from hola_kernels.state import HolaState
 
 
@@ -111,4 +116,18 @@ def read_mass(*, q: Tensor, k: Tensor, v: Tensor, score: Tensor, gamma_q: Tensor
     return mass.view(*score.shape, 3)
 
 
-__all__ = ["exact_read", "exact_read_only", "read_mass", "select_cache"]
+def cache_ages(*, score: Tensor, block: int = 256, slots: int = 64, cu_seqlens: Tensor | None = None,
+               memory: HolaState | None = None) -> Tensor:
+    """[A] int64: the age in tokens of every token that the caches of all blocks hold, when the block begins.
+
+    score [B, T, H]; as in exact_read. Nothing where no block has a cached token. Raises KernelError.
+    """
+    check_cu_seqlens(score, cu_seqlens)
+    cuts = segments_of(score, cu_seqlens)
+    nothing = torch.zeros(*score.shape, 1, device=score.device)
+    if memory is None:
+        memory = check_memory(None, cuts.numel() - 1, nothing, nothing, block, slots)
+    return cache_ages_blocks(score.detach().flatten(0, 1), cuts, memory)
+
+
+__all__ = ["cache_ages", "exact_read", "exact_read_only", "read_mass", "select_cache"]

@@ -95,6 +95,15 @@ def read_mass_blocks(q_MHK: Tensor, k_MHK: Tensor, v_MHV: Tensor, score_MH: Tens
     return selection.units.unpad(mass.transpose(1, 2))
 
 
+def cache_ages_blocks(score_MH: Tensor, cu_seqlens: Tensor, memory: HolaState) -> Tensor:
+    """[A] int64: how long before the first token of its block every cached token was, over all blocks, heads, slots."""
+    selection = select_tokens(score_MH, cu_seqlens, memory)
+    units = selection.units
+    position = _gather_heads(_score_and_position_rows(score_MH, units, memory)[1][..., None], selection.rows)[..., 0]
+    first = (memory.length - memory.open_count)[units.segment] + units.ordinal * units.size
+    return (first[:, None, None] - position)[position >= 0]
+
+
 def _read_weights(q_MHK: Tensor, k_MHK: Tensor, v_MHV: Tensor, gamma_q: Tensor, gamma_k: Tensor,
                   sink_H: Tensor | None, read_norm: str, selection: Selection,
                   memory: HolaState) -> tuple[Tensor, Tensor]:
