@@ -178,9 +178,15 @@ def _check_engine(recipe: Recipe) -> Iterator[str]:
 
 def _check_cuda_graph(recipe: Recipe, world_size: int | None) -> Iterator[str]:
     """What reads the device on the host, or depends on numbers of the very step, cannot be part of a graph."""
-    model, parallel = recipe.model, recipe.parallel
+    model, parallel, room = recipe.model, recipe.parallel, recipe.train.cuda_graph_documents
+    if room is not None and not (recipe.train.cuda_graph and recipe.data.documents == "separate"):
+        yield (f"train.cuda_graph_documents: {room} belongs to train.cuda_graph = true and data.documents = separate; "
+               "leave it out")
     if not recipe.train.cuda_graph:
         return
+    if room is not None and room < recipe.train.micro_batch_size:
+        yield (f"train.cuda_graph_documents: {room} is less than train.micro_batch_size = "
+               f"{recipe.train.micro_batch_size}, and a sample is one document or more; make it larger")
     yield from _only("train.cuda_graph", [
         ("engine", recipe.engine, "megatron"), ("parallel.pipeline", parallel.pipeline, 1),
         ("parallel.context", parallel.context, 1), ("model.moe.experts", model.moe.experts, None),

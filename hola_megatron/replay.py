@@ -25,7 +25,7 @@ def replay(recipe: Recipe, folder: Path) -> None:
     layout = start(recipe)
     data = open_data(recipe)
     engine = build_engine(recipe, layout)
-    engine.leave_graph()  # recording one would take longer than the few steps
+    engine.leave_graph()  # the same sums in the same order; recording would take longer than the few steps
     _load_state(recipe, layout, engine, folder, steps[0].step)
     for bad in steps:
         loader = BatchLoader(

@@ -332,9 +332,9 @@ class Run:
 
     def close(self) -> None:
         self.saver.writer.abandon(seconds=10)
-        self.watchdog.stop()
         with contextlib.suppress(RuntimeError):  # of a device that has failed already; that failure is on its way
             self.engine.leave_graph()
+        self.watchdog.stop()
         if self.metrics:
             self.metrics.close()
         self.signal.restore()

@@ -204,30 +204,29 @@ class Engine:
         return pieces(self.model, self.layout.tensor_rank, self.layout.tensor)
 
     def leave_graph(self) -> None:
-        """Training steps without a CUDA graph from here on; its memory is given back."""
+        """The same training steps without recording them, from here on; the graph's memory is given back."""
         if self._graph is not None:
-            self._graph.release()
-        self._graph = None
+            self._graph.leave()
 
     def describe_graph(self) -> str:
         """What the banner says of it; nothing without one."""
         if self._graph is None:
             return ""
         room = "" if self._graph.room is None else f" of up to {self._graph.room} documents"
-        return f"a micro-batch{room} is one CUDA graph, recorded at the third"
+        return f"a micro-batch{room} is one CUDA graph"
 
     def _new_graph(self) -> MicroBatchGraph:
         train, room = self.recipe.train, None
         if self.recipe.data.documents == "separate":
             room = train.cuda_graph_documents or room_for(train.micro_batch_size, train.sequence_length)
-        return MicroBatchGraph(self._one_micro_batch, self.layout.device, room)
+        return MicroBatchGraph(self._one_micro_batch, self.layout.device, room, say=partial(print, flush=True))
 
     def _run(self, batches: list[Batch], forward_only: bool) -> Tensor:
         """[summed loss, tokens] float64 over micro-batches and data ranks; gradients, if any, are reduced then."""
         if forward_only or self._graph is None:
             return self._sum_over_ranks([result["sums"] for result in self._passes(batches, forward_only)])
         sums = [self._graph(batch) for batch in batches]
-        self._finalize(self.model, torch.stack(sums)[:, 1].sum().int())
+        self._finalize(self.model, torch.stack(sums)[:, 1].double().sum().int())
         return self._sum_over_ranks(sums)
 
     def _one_micro_batch(self, batch: Batch) -> Tensor:

@@ -7,10 +7,11 @@ tables as long as their room allows (`Documents.bounded`), and nothing on the wa
 gradients, clipping and the optimizer stay outside, and have no part in it.
 
     graph = MicroBatchGraph(passes, device, room)     # passes(batch) -> [loss, tokens], gradients added up
-    sums = graph(batch)                               # the first ones run as without a graph, on those same tensors
+    sums = graph(batch)                               # the first one runs as without a graph, and is recorded then
 
-A micro-batch that does not fit (more documents than there is room for, another shape) runs as without a graph. The
-room is the recipe's, not the data's: a resumed run makes the same sums in the same order.
+A micro-batch that does not fit (more documents than there is room for, another shape) runs as without a graph, which is
+dropped before, since its memory would be held beside, and recorded again after the next that fits. The room is the
+recipe's, not the data's: a resumed run makes the same sums in the same order.
 """
 
 from __future__ import annotations
@@ -27,7 +28,6 @@ from hola_kernels.memo import Recording, recording
 from hola_megatron.data.stream import Batch
 from hola_megatron.parallel.groups import release_at_stop
 
-WARM = 2  # micro-batches: compile kernels, make what is made once (workspaces, communicators)
 TOKENS_A_DOCUMENT = 256  # room for a document for so many tokens, unless the recipe says how many
 ROOM_STEP = 16  # documents; counts of units stay multiples of 16, so no kernel is compiled while a graph is recorded
 
@@ -42,42 +42,49 @@ class FixedBatch(Batch):
 class MicroBatchGraph:
     """`passes` over one micro-batch, replayed.
 
-    room: documents that a micro-batch may have, None where rows are not cut. `stream` is where all of it runs, and
-    where data parallelism must be told of the parameters: autograd adds a parameter's gradients up on the stream on
-    which it first met it, and any other stream than the recorded one costs memory (or, the default one, the graph).
+    room: documents that a micro-batch may have, None where rows are not cut. say: told once when recorded, once when
+    something has no room. `stream` is where all of it runs, and where data parallelism must be told of the
+    parameters: autograd adds a parameter's gradients up on the stream on which it first met it, and any other stream
+    than the recorded one costs memory (or, the default one, the graph). Without a GPU nothing is recorded.
     """
 
-    def __init__(self, passes: Passes, device: torch.device, room: int | None):
-        self._passes, self._device, self.room = passes, device, room
+    def __init__(self, passes: Passes, device: torch.device, room: int | None, say: Callable[[str], None] = print):
+        self._passes, self._device, self.room, self._say = passes, device, room, say
         self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
-        self.seconds: float | None = None  # that recording took
+        self._records = self.stream is not None
         self._fixed: FixedBatch | None = None
         self._graph: torch.cuda.CUDAGraph | None = None
         self._tables: Recording | None = None
         self._sums: Tensor | None = None
-        self._warm = 0
+        self._said: set[str] = set()
         release_at_stop(self)
 
     def __call__(self, batch: Batch) -> Tensor:
         """What `passes` returns, a tensor of the caller's own."""
         with self.on_its_stream():
             if not self._fits(batch):
+                self.release()
                 return self._passes(batch)
             fill(self._fixed, batch)
-            if self._warm < WARM:
-                self._warm += 1
-                return self._passes(self._fixed)
-            if self._graph is None:
+            if self._graph is not None:
+                self._graph.replay()
+                return self._sums.clone()
+            sums = self._passes(self._fixed)  # compiles, and makes what is made once; nothing comes between the two
+            if self._records:
                 self._record()
-            self._graph.replay()
-            return self._sums.clone()
+            return sums
 
     def release(self) -> None:
         """Drop the graph and its memory. NCCL does not close a communicator that a graph still holds: it waits."""
-        if self._graph is not None:
+        graph, self._graph, self._sums, self._tables = self._graph, None, None, None
+        if graph is not None:
             torch.cuda.synchronize()
-            graph, self._graph, self._sums, self._tables = self._graph, None, None, None
             graph.reset()
+
+    def leave(self) -> None:
+        """The same passes on the same tensors, tables and stream, and no graph of them from here on."""
+        self.release()
+        self._records = False
 
     @contextmanager
     def on_its_stream(self) -> Iterator[None]:
@@ -93,7 +100,10 @@ class MicroBatchGraph:
     def _fits(self, batch: Batch) -> bool:
         if self._fixed is None:
             self._fixed = fixed_like(batch, self.room, self._device)
-        if batch.cu_seqlens is not None and batch.cu_seqlens.numel() - 1 > self.room:
+        documents = 0 if batch.cu_seqlens is None else batch.cu_seqlens.numel() - 1
+        if documents > (self.room or 0):
+            self._say_once("room", f"graph | a micro-batch of {documents} documents has no room in the CUDA graph of "
+                           f"{self.room}: such ones run without it; train.cuda_graph_documents sets the room")
             return False
         return batch.tokens.shape == self._fixed.tokens.shape
 
@@ -104,11 +114,24 @@ class MicroBatchGraph:
             with recording() as tables, torch.cuda.graph(graph, stream=self.stream, capture_error_mode="thread_local"):
                 sums = self._passes(self._fixed)
         except RuntimeError as error:
-            if isinstance(error.__context__, torch.cuda.OutOfMemoryError):  # hidden by the end of the recording
-                raise error.__context__ from None
-            raise
+            raise _first_out_of_memory(error) from None
         self._graph, self._tables, self._sums = graph, tables, sums
-        self.seconds = time.perf_counter() - began
+        self._say_once("recorded", f"graph | a micro-batch was recorded in {time.perf_counter() - began:.1f} s")
+
+    def _say_once(self, what: str, text: str) -> None:
+        if what not in self._said:
+            self._said.add(what)
+            self._say(text)
+
+
+def _first_out_of_memory(error: BaseException) -> BaseException:
+    """The end of a recording that failed raises an error of its own, which hides what a user can act upon."""
+    seen: BaseException | None = error
+    while seen is not None:
+        if isinstance(seen, torch.cuda.OutOfMemoryError):
+            return seen
+        seen = seen.__context__
+    return error
 
 
 def room_for(rows: int, length: int) -> int:

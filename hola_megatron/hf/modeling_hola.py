@@ -106,8 +106,7 @@ class ShortConvolution(nn.Module):
     def forward(self, x_BTD: Tensor, cuts: Tensor | None, tail: Tensor | None, decoding: bool) -> tuple[Tensor, Tensor]:
         """(y like x, tail [N, W - 1, D] of the last inputs); decoding: one token a row, `tail` updated in place."""
         if decoding and tail is not None:
-            y = short_conv_step(x=x_BTD[:, 0], weight=self.weight, tail=tail, backend=self.backend)
-            return y[:, None], tail
+            return short_conv_step(x=x_BTD[:, 0], weight=self.weight, tail=tail)[:, None], tail
         return short_conv(x=x_BTD, weight=self.weight, cu_seqlens=cuts, tail=tail, return_tail=True,
                           backend=self.backend)
 
@@ -197,9 +196,8 @@ class HolaDeltaMixer(nn.Module):
         if memory.state is None:
             memory.state = self._empty_state(one["v"])
         if self.exact_cache:
-            return hola_attention_step(**one, **self._cache_arguments(), state=memory.state,
-                                       backend=self.config.backend)[:, None]
-        o, _ = gated_delta_step(**one, state=memory.state, backend=self.config.backend)
+            return hola_attention_step(**one, **self._cache_arguments(), state=memory.state)[:, None]
+        o, _ = gated_delta_step(**one, state=memory.state)
         return o.to(one["v"].dtype)[:, None]
 
     def _empty_state(self, v_BHV: Tensor) -> HolaState | Tensor:

@@ -121,6 +121,16 @@ def rank_tokens(score: str, written: Tensor, v: Tensor, beta: Tensor, cuts: Tens
     return rank.to(written.dtype).view(written.shape[0], written.shape[1], 1).expand_as(written)
 
 
+@torch.no_grad()
+def rank_token(score: str, written: Tensor, v: Tensor, beta: Tensor, length: Tensor) -> Tensor:
+    """The same for one token of each of N sequences, [N, H]; v [N, H, V]; length [N] without it."""
+    if score in ("recency", "random"):
+        rank = length if score == "recency" else _scramble(length)
+        return rank.to(written.dtype)[:, None].expand_as(written)
+    one = torch.arange(v.shape[0] + 1, device=v.device)
+    return rank_tokens(score, written[:, None], v[:, None], beta[:, None], one, length)[:, 0]
+
+
 def _scramble(position: Tensor) -> Tensor:
     """A fixed pseudo-random number in [0, 2^23) of the position alone: the same however a sequence is cut."""
     x = position

@@ -10,8 +10,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from hola_kernels.attention import check_choices, rank_tokens
+from hola_kernels.attention import check_choices, rank_token
 from hola_kernels.backend import choose_backend
+from hola_kernels.checks import check_memory, check_per_head, check_step
 from hola_kernels.gated_delta.step import gated_delta_step, step_refusal
 from hola_kernels.norms import compute_dtype, read_normalize
 from hola_kernels.state import HolaState
@@ -27,6 +28,10 @@ def hola_attention_step(*, q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, b
     dtype. Raises KernelError.
     """
     check_choices(score, read_norm)
+    check_step(q, k, v, log_decay, beta, state.state)
+    check_memory(state, q.shape[0], k, v, state.block, state.slots)
+    check_per_head(gamma_q=(gamma_q, q.shape[2]), gamma_k=(gamma_k, q.shape[2]), gate=(gate, q.shape[1]),
+                   sink=(sink, q.shape[1]))
     refusal = step_refusal(q, k, v) or _state_refusal(state)
     name = "torch" if backend == "auto" else choose_backend(backend, q.device, refusal)
     run = _step_triton if name == "triton" else _step_torch
@@ -37,9 +42,7 @@ def _step_triton(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, beta: Tenso
                  gate: Tensor, sink: Tensor | None, state: HolaState, score: str, read_norm: str) -> Tensor:
     from hola_kernels.triton_attention_step import SCORES, attention_step_triton  # on first use: triton may be missing
 
-    rank = None
-    if score not in SCORES:
-        rank = rank_tokens(score, beta[:, None], v[:, None], beta[:, None], _rows_of(q), state.length)[:, 0]
+    rank = None if score in SCORES else rank_token(score, beta.float(), v, beta, state.length)
     return attention_step_triton(q=q, k=k, v=v, log_decay=log_decay, beta=beta, gamma_q=gamma_q, gamma_k=gamma_k,
                                  gate=gate, sink=sink, state=state, score=score, read_norm=read_norm, rank=rank)
 
@@ -49,23 +52,19 @@ def _step_torch(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, beta: Tensor
     wide, out_dtype = compute_dtype(v), v.dtype
     q, k, v, beta = q.to(wide), k.to(wide), v.to(wide), beta.to(wide)
     o_state, written = gated_delta_step(q=q, k=k, v=v, log_decay=log_decay, beta=beta, state=state.state)
-    rank = rank_tokens(score, written[:, None], v[:, None], beta[:, None], _rows_of(q), state.length)[:, 0]
+    rank = rank_token(score, written, v, beta, state.length)
     _append(state, k, v, rank)
     o_cache = _read_step(q, gamma_q, gamma_k, sink, read_norm, state)
     _close_full_blocks(state)
     return (o_state + gate.to(wide).sigmoid()[:, None] * o_cache).to(out_dtype)
 
 
-def _rows_of(q: Tensor) -> Tensor:
-    """Cuts of N segments of one token."""
-    return torch.arange(q.shape[0] + 1, device=q.device)
-
-
 def _state_refusal(state: HolaState) -> str | None:
     """Why the Triton launches do not take this memory, or None."""
     if state.cache_k.dtype == torch.float64 or state.cache_v.dtype == torch.float64:
         return "a memory of float64"
-    return None
+    scattered = [name for name, held in vars(state).items() if not held.is_contiguous()]
+    return f"a memory whose {scattered[0]} is not contiguous" if scattered else None
 
 
 def _append(state: HolaState, k: Tensor, v: Tensor, rank: Tensor) -> None:

@@ -35,6 +35,26 @@ def check_cu_seqlens(x: Tensor, cu_seqlens: Tensor | None) -> None:
         raise KernelError(f"cu_seqlens must be integers rising from 0 to T = {x.shape[1]}, at least two")
 
 
+def check_step(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, beta: Tensor, state: Tensor) -> None:
+    """q, k [N, H, K], v [N, H, V], log_decay and beta [N, H] of one token, state [N, H, K, V]."""
+    if q.ndim != 3 or q.shape != k.shape:
+        raise KernelError(f"q {tuple(q.shape)} and k {tuple(k.shape)} must be the same [N, H, K]")
+    if v.ndim != 3 or v.shape[:2] != q.shape[:2]:
+        raise KernelError(f"v {tuple(v.shape)} must be [N, H, V] with the N, H of q {tuple(q.shape)}")
+    for name, x in (("log_decay", log_decay), ("beta", beta)):
+        if x.shape != q.shape[:2]:
+            raise KernelError(f"{name} {tuple(x.shape)} must be [N, H] = {tuple(q.shape[:2])}")
+    if state.shape != (*q.shape, v.shape[2]):
+        raise KernelError(f"state {tuple(state.shape)} must be [N, H, K, V] = {(*q.shape, v.shape[2])}")
+
+
+def check_per_head(**parameters: tuple[Tensor | None, int]) -> None:
+    """Vectors (or None) and the number each must hold."""
+    for name, (x, size) in parameters.items():
+        if x is not None and x.shape != (size,):
+            raise KernelError(f"{name} {tuple(x.shape)} must be [{size}]")
+
+
 def check_max_seqlen(max_seqlen: int | None, cu_seqlens: Tensor | None) -> None:
     if max_seqlen is not None and (cu_seqlens is None or max_seqlen < 1):
         raise KernelError(f"max_seqlen = {max_seqlen} must be at least 1 and comes with cu_seqlens; leave it out")

@@ -35,7 +35,7 @@ def cases() -> list[tuple[str, Callable[[], dict[str, float]]]]:
              lambda d=DTYPES[word], k=key, v=value, o=option: measure(dtype=d, key=k, value=v, **OPTIONS[o]))
             for word, key, value, option in CHOSEN]
     return [*made, *((f"conv step {word} W={width}", lambda d=dtype, w=width: measure_conv(dtype=d, width=w))
-                     for word, dtype in DTYPES.items() for width in (1, 2, 4))]
+                     for word, dtype in DTYPES.items() for width in (1, 2, 3, 4))]
 
 
 def limit(name: str, output: str) -> float:

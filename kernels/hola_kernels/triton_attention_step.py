@@ -209,9 +209,7 @@ def attention_step_triton(*, q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor,
     """As hola_attention_step, o [N, H, V] in v's dtype. rank [N, H]: the token's, where `score` is none of SCORES."""
     (sequences, heads, value_dim), key_dim = v.shape, k.shape[2]
     q, k, v, log_decay, beta = (x.contiguous() for x in (q, k, v, log_decay, beta))
-    for name, held in vars(state).items():
-        if not held.is_contiguous():
-            setattr(state, name, held.contiguous())
+    gamma_q, gamma_k, gate, sink = (None if x is None else x.contiguous() for x in (gamma_q, gamma_k, gate, sink))
     o_state, square = state_step(q=q, k=k, v=v, log_decay=log_decay, beta=beta, state=state.state)
     out = torch.empty_like(v)
     sizes = (heads, state.slots, state.block)

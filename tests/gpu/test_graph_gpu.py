@@ -15,7 +15,7 @@ from helpers import checkpoint_tensors, metric_rows, run_program, write_recipe
 
 ROOT = Path(__file__).parent.parent.parent
 
-# how: "graph"; "plain", on the graph's fixed tensors, records nothing; "eager", as without the switch
+# how: "graph"; "plain", on the graph's fixed tensors, records nothing
 PROGRAM = """
 import hola_megatron.quiet
 import json, sys, torch
@@ -29,11 +29,9 @@ from hola_megatron.parallel.groups import start, stop
 def main():
     recipe_checks.GRAPH_RANKS = 2  # users are held to what these tests have shown
     recipe, how = build_recipe(json.loads(sys.argv[1])), sys.argv[2]
-    if how == "plain":
-        cuda_graph.WARM = 10**9
     layout = start(recipe)
     engine = build_engine(recipe, layout)
-    if how == "eager":
+    if how == "plain":
         engine.leave_graph()
     recorded, record = [], cuda_graph.MicroBatchGraph._record
     cuda_graph.MicroBatchGraph._record = lambda self: (recorded.append(step), record(self))
@@ -41,7 +39,7 @@ def main():
     rows = []
     for step in range(recipe.train.steps):
         batches = []
-        for _ in range(3):
+        for _ in range(recipe.micro_batches(layout.world)):
             tokens = torch.randint(0, 264, (4, 513), generator=generator)
             inner = torch.randperm(2047, generator=generator)[: 40 if step == 6 else step % 4] + 1
             cuts = torch.cat([torch.tensor([0, 512, 1024, 1536, 2048]), inner]).unique().to(torch.int32)
@@ -49,7 +47,7 @@ def main():
                                  cuts if recipe.data.documents == "separate" else None))
         result = engine.train_step(batches, 1e-3, judge=lambda loss, norm: "refused" if step == 4 else None)
         rows.append([result.loss, result.grad_norm])
-        if step == 5:
+        if step in (0, 5):
             total, tokens = engine.evaluate(batches[:1])
             rows.append([total / tokens, 0.0])
             for length in range(1, 100):  # more shapes than tables are kept of
@@ -90,8 +88,9 @@ def run(how: str, ranks: int = 1, **changes: dict) -> tuple[list[list[float]], l
     return rows, recorded
 
 
+ONE = {"train": {"global_batch_size": 4}}  # micro-batch a step: text is written between the first and the second
 JOINED = {"data": {"documents": "joined"}}
-CASES = {"packed": {}, "joined": JOINED, "recomputed": {"train": {"recompute": "full"}},
+CASES = {"packed": {}, "joined": JOINED | ONE, "recomputed": {"train": {"recompute": "full"}},
          "local": {"model": {"layer_spec": "local"}}, "fp32": {"train": {"precision": "fp32"}},
          "local, recomputed": {"model": {"layer_spec": "local"}, "train": {"recompute": "full"}},
          "logits in pieces": {"train": {"logits_budget_gb": 0.001}},
@@ -100,10 +99,10 @@ CASES = {"packed": {}, "joined": JOINED, "recomputed": {"train": {"recompute": "
 
 @pytest.mark.parametrize("case", CASES)
 def test_a_recorded_step_is_the_step(case):
-    """One step is refused (4), one has micro-batches with more documents than there is room for (6)."""
+    """One step is refused (4), one has micro-batches with more documents than there is room for (6): recorded anew."""
     want, _ = run("plain", **CASES[case])
     have, recorded = run("graph", **CASES[case])
-    assert have == want and recorded == [0]
+    assert have == want and recorded == ([0] if case == "joined" else [0, 7])
 
 
 def test_attention_layers():
@@ -115,7 +114,7 @@ def test_attention_layers():
 
 def test_it_is_near_a_step_without_one():
     """Chunks that are none leave no trace; sums over blocks are in another order."""
-    for want, have in zip(run("eager")[0], run("graph")[0], strict=True):
+    for want, have in zip(run("eager", train={"cuda_graph": False})[0], run("graph")[0], strict=True):
         assert have == pytest.approx(want, rel=2e-3)
 
 
@@ -127,7 +126,7 @@ def test_two_gpus(parallel):
     changes = {"parallel": parallel, "train": {"global_batch_size": 12 if "tensor" in parallel else 24}}
     want, _ = run("plain", 2, **changes)
     have, recorded = run("graph", 2, **changes)
-    assert have == want and recorded == [0]
+    assert have == want and recorded == [0, 7]
 
 
 def test_a_run_with_a_graph_resumes_bit_for_bit(text_data, tmp_path):
@@ -144,10 +143,11 @@ def test_a_run_with_a_graph_resumes_bit_for_bit(text_data, tmp_path):
         assert done.code == 0, done.output[-3000:]
         return done.output
 
-    assert "is one CUDA graph" in train(whole, "whole")
+    said = train(whole, "whole")
+    assert "is one CUDA graph" in said and "a micro-batch was recorded in" in said and "sample | " in said
     shutil.copytree(whole, again)
     shutil.rmtree(again / "checkpoints" / "step_00000008")
-    train(again, "again")
+    assert "a micro-batch was recorded in" in train(again, "again")
     for kind in ("weight", "exp_avg", "exp_avg_sq"):
         want, have = (checkpoint_tensors(folder / "checkpoints" / "step_00000008", kind) for folder in (whole, again))
         assert want.keys() == have.keys() and all(torch.equal(have[name], x) for name, x in want.items())
@@ -179,6 +179,6 @@ def test_a_graph_of_the_operation_serves_other_documents():
         graph.replay()
         torch.cuda.synchronize()
         want = call(torch.tensor(other))
-        for x, y in zip(found, want, strict=True):
-            assert (x.double() - y.double()).norm() <= 1e-3 * y.double().norm()
+        for x, y, limit in zip(found, want, [5e-3, *[8e-3] * 3, *[2e-2] * 6], strict=True):
+            assert (x.double() - y.double()).norm() <= limit * y.double().norm()
     assert tables.held

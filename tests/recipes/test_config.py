@@ -200,10 +200,13 @@ def test_the_others_say_it_at_their_head(name):
     ("model.pattern=HA", "train.cuda_graph: true is not possible where softmax attention keeps documents separate"),
     ("model.backend=torch", "model.backend: torch is not possible with train.cuda_graph; set it to auto or triton"),
     ("model.key_dim=32", "model.key_dim: 32 is not possible with train.cuda_graph, whose kernels take 64, 128, 256"),
+    ("train.cuda_graph_documents=3", "train.cuda_graph_documents: 3 is less than train.micro_batch_size = 4"),
+    ("data.documents=joined train.cuda_graph_documents=8", "train.cuda_graph_documents: 8 belongs to"),
+    ("train.cuda_graph=false train.cuda_graph_documents=8", "train.cuda_graph_documents: 8 belongs to"),
     ("model.conv_width=5", "model.conv_width: 5 is not possible with train.cuda_graph, whose kernels take 4 at most"),
     ("model.cache.score=random", "model.cache.score: random is not possible with train.cuda_graph; set it to betae")])
 def test_what_cannot_be_captured_is_refused(override, said):
-    assert any(problem.startswith(said) for problem in refused("train.cuda_graph=true", override))
+    assert any(problem.startswith(said) for problem in refused("train.cuda_graph=true", *override.split()))
 
 
 def test_a_graph_over_several_ranks_is_refused():

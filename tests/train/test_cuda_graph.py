@@ -46,22 +46,22 @@ def test_steps_on_fixed_tensors_are_the_same_steps(monkeypatch):
     """Micro-batches of differing numbers of documents, one of them with more than there is room for."""
     many = tuple(range(3, 2 * LENGTH, 3))
     steps = [[batch_of(0), batch_of(1, 5)], [batch_of(2, 7, 9), batch_of(3)], [batch_of(4, *many), batch_of(5)],
-             [batch_of(6), batch_of(7, 1, 2)]]
-    bounded, make = [], Documents.bounded
+             [batch_of(6, *many), batch_of(7, 1, 2)]]
+    bounded, said, make = [], [], Documents.bounded
     monkeypatch.setattr(Documents, "bounded", lambda cuts, longest: bounded.append(cuts) or make(cuts, longest))
 
     def losses(fixed: bool) -> list[list[float]]:
         recipe = recipe_of()
         engine = build_engine(recipe, start(recipe))
         if fixed:
-            engine._graph = MicroBatchGraph(engine._one_micro_batch, CPU, room_for(2, LENGTH))
-            engine._graph._warm = -100  # records nothing
+            engine._graph = MicroBatchGraph(engine._one_micro_batch, CPU, room_for(2, LENGTH), said.append)
         results = [engine.train_step(step, 1e-3) for step in steps]
         return [[result.loss, result.grad_norm, result.tokens] for result in results]
 
     for want, have in zip(losses(fixed=False), losses(fixed=True), strict=True):
         assert have == pytest.approx(want, rel=1e-6)
-    assert len(bounded) == 7 and len({cuts.data_ptr() for cuts in bounded}) == 1  # the eighth had no room
+    assert len(bounded) == 6 and len({cuts.data_ptr() for cuts in bounded}) == 1  # two had no room
+    assert len(said) == 1 and "a micro-batch of 44 documents has no room in the CUDA graph of 16" in said[0], said
 
 
 def test_filled_tensors_hold_the_batch_and_empty_documents():

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from hola_kernels.backend import choose_backend
+from hola_kernels.checks import check_step
 from hola_kernels.norms import compute_dtype, l2_normalize
 
 STEP_WIDTHS = (16, 32, 64, 128, 256)
@@ -20,7 +21,9 @@ def gated_delta_step(*, q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, beta
     q, k [N, H, K], v [N, H, V], log_decay, beta [N, H]. backend: as in hola_attention_step. Returns o [N, H, V] and
     the score [N, H] (beta * |residual|), both float32 (float64 in float64 calls). Raises KernelError.
     """
-    name = "torch" if backend == "auto" else choose_backend(backend, q.device, step_refusal(q, k, v))
+    check_step(q, k, v, log_decay, beta, state)
+    refusal = step_refusal(q, k, v) or (None if state.is_contiguous() else "a state that is not contiguous")
+    name = "torch" if backend == "auto" else choose_backend(backend, q.device, refusal)
     return (_step_triton if name == "triton" else _step_torch)(q, k, v, log_decay, beta, state)
 
 

@@ -14,20 +14,31 @@ CHANNELS = 256  # of a program
 
 @triton.jit
 def _step_kernel(x, weight, tail, y, D, W: tl.constexpr, CHANNELS: tl.constexpr):
-    """y = silu of the last W inputs of CHANNELS channels of one sequence; a thread moves its own channels' tail."""
+    """y = silu of the last W <= 4 inputs of CHANNELS channels of a sequence, whose tail is read whole, then moved."""
     n, channel = tl.program_id(1), tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
     here = channel < D
     now = tl.load(x + n * D + channel, mask=here, other=0.0)
-    total = now.to(tl.float32) * tl.load(weight + channel * W + W - 1, mask=here, other=0.0).to(tl.float32)
     before = tail + n.to(tl.int64) * (W - 1) * D + channel
-    for j in tl.static_range(W - 1):
-        held = tl.load(before + j * D, mask=here, other=0.0).to(x.dtype.element_ty)
-        total += held.to(tl.float32) * tl.load(weight + channel * W + j, mask=here, other=0.0).to(tl.float32)
-        if j > 0:
-            tl.store(before + (j - 1) * D, held.to(tail.dtype.element_ty), mask=here)
-    if W > 1:
-        tl.store(before + (W - 2) * D, now.to(tail.dtype.element_ty), mask=here)
+    a = tl.load(before, mask=here & (W > 1), other=0.0)
+    b = tl.load(before + D, mask=here & (W > 2), other=0.0)
+    c = tl.load(before + 2 * D, mask=here & (W > 3), other=0.0)
+    tl.debug_barrier()  # the stores may give a channel to another thread than its load did
+    taps = weight + channel * W
+    total = now.to(tl.float32) * tl.load(taps + W - 1, mask=here, other=0.0).to(tl.float32)
+    total += _rounded(a, x) * tl.load(taps, mask=here & (W > 1), other=0.0).to(tl.float32)
+    total += _rounded(b, x) * tl.load(taps + 1, mask=here & (W > 2), other=0.0).to(tl.float32)
+    total += _rounded(c, x) * tl.load(taps + 2, mask=here & (W > 3), other=0.0).to(tl.float32)
+    kind = tail.dtype.element_ty
+    tl.store(before, b, mask=here & (W > 2))
+    tl.store(before + D, c, mask=here & (W > 3))
+    tl.store(before + (W - 2) * D, now.to(kind), mask=here & (W > 1))
     tl.store(y + n * D + channel, (total * tl.sigmoid(total)).to(y.dtype.element_ty), mask=here)
+
+
+@triton.jit
+def _rounded(held, x):
+    """A kept input as x has its own."""
+    return held.to(x.dtype.element_ty).to(tl.float32)
 
 
 def short_conv_step_triton(x_ND: Tensor, weight_DW: Tensor, tail_NJD: Tensor) -> Tensor:
