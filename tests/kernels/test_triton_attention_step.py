@@ -23,7 +23,8 @@ if not INTERPRETED:
                  "gate": gate[0], "sink": gate[0], "state": state}
         for change, said in (({"q": x[..., :8]}, "must be the same"), ({"v": x[:1]}, "with the N, H of q"),
                              ({"beta": gate[:, :2]}, "beta .* must be"),
-                             ({"gate": gate[0, :2]}, "gate .2,. must be .3."), ({"sink": gate[:, :1]}, "sink"), ({"gamma_k": x[0]}, "gamma_k"),
+                             ({"gate": gate[0, :2]}, "gate .2,. must be .3."), ({"sink": gate[:, :1]}, "sink"),
+                             ({"gamma_k": x[0]}, "gamma_k"),
                              ({"state": HolaState.empty(1, 3, 16, 16)}, "state .1, 3, 16, 16. must be"),
                              ({"state": HolaState.empty(2, 3, 16, 8)}, "state .2, 3, 16, 8. must be")):
             with pytest.raises(KernelError, match=said):
