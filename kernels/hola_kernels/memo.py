@@ -70,6 +70,7 @@ def by_shape(make: Callable[..., Any]) -> Callable[..., Any]:
     def found(*arguments: Hashable, **options: Hashable) -> Any:
         return hold(cached(*arguments, **options))
 
+    found.cache_clear = cached.cache_clear
     return found
 
 
