@@ -220,7 +220,8 @@ def _check_training(recipe: Recipe) -> Iterator[str]:
         yield ("train.optimizer: muon needs whole matrices on every data rank; set "
                "parallel.distributed_optimizer=false")
     yield from _at_most("guard.warmup", guard.warmup, "guard.window", guard.window)
-    yield from _at_most("train.warmup_steps", train.warmup_steps, "train.steps", train.steps)
+    for problem in _at_most("train.warmup_steps", train.warmup_steps, "train.steps", train.steps):
+        yield f"{problem}; set it to 0 for a run so short"
     if train.min_learning_rate > train.learning_rate:
         yield (f"train.min_learning_rate: {train.min_learning_rate} is above train.learning_rate = "
                f"{train.learning_rate}")

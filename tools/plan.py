@@ -82,8 +82,11 @@ def _machine(args: argparse.Namespace, problems: list[str]) -> Machine:
     """Adds what is wrong with the arguments to `problems`."""
     name, memory = DEVICES.get(args.device, ("", None))
     memory = args.memory if args.memory is not None else memory
-    for flag, value in (("--gpus", args.gpus), ("--memory (or --device)", memory)):
-        if value is None or not value > 0:
+    for flag, value in (("--gpus", args.gpus), ("--memory", memory)):
+        if value is None:
+            problems.append(f"{flag}: is missing; give a number above 0"
+                            + (f", or --device {', '.join(sorted(DEVICES))}" if flag == "--memory" else ""))
+        elif not value > 0:
             problems.append(f"{flag}: {value} is not allowed; give a number above 0")
     if args.peak_tflops is not None and not args.peak_tflops > 0:
         problems.append(f"--peak-tflops: {args.peak_tflops} is not allowed; give a number above 0")

@@ -8,12 +8,13 @@ from dataclasses import dataclass
 
 from hola_megatron.config import Recipe
 from hola_megatron.plan.memory import StageMemory, worst_stage
-from hola_megatron.recipe_checks import check_recipe
+from hola_megatron.recipe_checks import GRAPH_RANKS, check_recipe
 
 GPUS_A_NODE = 8      # choice: tensor ranks talk in every layer and stay within a node
 LONG_TOKENS = 16384  # choice: from this length on the sequence may be cut as well
 FIELDS = (("parallel", "tensor"), ("parallel", "sequence"), ("parallel", "context"), ("parallel", "pipeline"),
-          ("parallel", "virtual_pipeline"), ("train", "micro_batch_size"), ("train", "recompute"))
+          ("parallel", "virtual_pipeline"), ("train", "micro_batch_size"), ("train", "recompute"),
+          ("train", "cuda_graph"))
 
 
 @dataclass(frozen=True)
@@ -32,7 +33,11 @@ def suggest(recipe: Recipe, world: int, capacity_bytes: float, count: int = 3) -
     always among them, however many ranks it takes.
     """
     found: dict[tuple[int, str], Suggestion] = {}
-    for candidate in sorted(_candidates(recipe), key=_cost):
+    without = recipe
+    if recipe.train.cuda_graph and world > GRAPH_RANKS:
+        train = dataclasses.replace(recipe.train, cuda_graph=False, cuda_graph_documents=None)
+        without = dataclasses.replace(recipe, train=train)
+    for candidate in sorted(_candidates(without), key=_cost):
         kind = candidate.parallel.model_ranks, candidate.train.recompute
         enough = len(found) >= count and (candidate.train.recompute == "full" or _has_none(found))
         if enough or kind in found or check_recipe(candidate, world_size=world) or _idles(candidate, world):

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -29,6 +30,8 @@ def main() -> int:
     parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float16", "float32"))
     parser.add_argument("--graph", action="store_true", help="replay CUDA graphs: the device's time alone")
     options = parser.parse_args()
+    if not torch.cuda.is_available():
+        sys.exit(f"{Path(__file__).stem}: no CUDA device; there is nothing to time")
     shapes = [tuple(map(int, shape.split(","))) for shape in options.shape] if options.shape else SHAPES
     dtype = getattr(torch, options.dtype)
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, triton {triton.__version__}, commit {commit()}, "
