@@ -131,7 +131,8 @@ def _alone(recipe: Recipe) -> Recipe:
     """The recipe on one process, in float32 without fp8, on the torch operations and Megatron's own linear layers."""
     return dataclasses.replace(
         recipe, parallel=ParallelConfig(), fp8=Fp8Config(),
-        train=dataclasses.replace(recipe.train, precision="fp32", recompute="none", cuda_graph=False),
+        train=dataclasses.replace(recipe.train, precision="fp32", recompute="none", cuda_graph=False,
+                                  cuda_graph_documents=None),
         model=dataclasses.replace(recipe.model, backend="torch", layer_spec="local"))
 
 

@@ -99,7 +99,8 @@ def test_a_recording_holds_the_tables_it_met():
 
 
 def test_an_export_is_checked_without_a_graph():
-    assert check_recipe(_alone(load_recipe(ROOT / "recipes/hola_340m.yaml", ["train.cuda_graph=true"]))) == []
+    overrides = ["train.cuda_graph=true", "train.cuda_graph_documents=200"]
+    assert check_recipe(_alone(load_recipe(ROOT / "recipes/hola_340m.yaml", overrides))) == []
 
 
 def test_a_graph_without_a_gpu_is_refused(monkeypatch):
