@@ -60,6 +60,7 @@ def gather_facts() -> Facts:
         except metadata.PackageNotFoundError:
             continue
     packages["torch"] = torch.__version__  # metadata may lack +cpu or +cu130
+    load_errors = _load_errors(packages)  # before torch loads its cuDNN: as in training, two of them may not mix
     usable = torch.cuda.is_available()
     cudnn = torch.backends.cudnn.version() if torch.backends.cudnn.is_available() else None
     nccl = torch.cuda.nccl.version() if usable and torch.distributed.is_nccl_available() else None
@@ -69,7 +70,7 @@ def gather_facts() -> Facts:
         nccl=_package_of("nvidia-nccl-") if nccl is None else ".".join(map(str, nccl)),
         devices=tuple(torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())) if usable else (),
         capability=torch.cuda.get_device_capability() if usable else None, apex_optimizers=_apex_optimizers(),
-        gpu_file=os.path.exists("/dev/nvidia0"), load_errors=_load_errors(packages))
+        gpu_file=os.path.exists("/dev/nvidia0"), load_errors=load_errors)
 
 
 def _package_of(prefix: str) -> str | None:
@@ -97,5 +98,11 @@ def _load_errors(packages: dict[str, str]) -> dict[str, str]:
     try:
         import transformer_engine.pytorch  # noqa: F401
     except Exception as error:  # whatever it is, it is the finding
-        return {"transformer-engine": f"{type(error).__name__}: {str(error).strip().splitlines()[0][:200]}"}
+        return {"transformer-engine": problem_of(error)}
     return {}
+
+
+def problem_of(error: Exception) -> str:
+    """One line: its type and the first line it says."""
+    said = str(error).strip().splitlines() or [""]
+    return f"{type(error).__name__}: {said[0][:200]}"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 
 from hola_kernels.backend import auto_backend, triton_problem
-from hola_megatron.doctor.facts import Facts
+from hola_megatron.doctor.facts import Facts, problem_of
 
 # extension modules, because a package called apex may be there without them
 APEX_MODULES = (("amp_C", "gradient norm and clipping, which Transformer Engine also has"),
@@ -15,22 +15,29 @@ APEX_MODULES = (("amp_C", "gradient norm and clipping, which Transformer Engine 
 
 def who_provides(facts: Facts) -> dict[str, str]:
     """Piece -> implementation (why). Adapts this process to a machine without a GPU, as training does."""
+    device = "cuda" if facts.devices else "cpu"
+    kernels, reason = auto_backend(device)
+    triton = triton_problem(device)
+    return {**_of_megatron(),
+            "HOLA kernels": f"{kernels} ({reason})" + (f"; triton: {triton}" if triton and triton != reason else ""),
+            "softmax attn": "torch's scaled_dot_product_attention", "apex modules": _apex(facts)}
+
+
+def _of_megatron() -> dict[str, str]:
     from hola_megatron.parallel.cpu import adapt_to_cpu
 
-    adapt_to_cpu()
+    try:
+        adapt_to_cpu()
+        from hola_megatron.engine.adam import use_group_step_adam
+        from hola_megatron.model.config import choose_spec
+    except Exception as error:  # a library Megatron loads is broken; the findings say which and what to do
+        return dict.fromkeys(("linears", "loss", "Adam"), f"none: megatron-core does not load ({problem_of(error)})")
     from hola_megatron.config import ModelConfig
-    from hola_megatron.engine.adam import use_group_step_adam
-    from hola_megatron.model.config import choose_spec
 
     shape = ModelConfig(layers=1, hidden_size=8, heads=1, key_dim=8, value_dim=8, mlp_hidden_size=8, vocab_size=8)
     spec, why = choose_spec(shape)
     names = {"te": "Transformer Engine", "local": "Megatron's own"}
-    device = "cuda" if facts.devices else "cpu"
-    kernels, reason = auto_backend(device)
-    triton = triton_problem(device)
-    return {"linears": f"{names[spec]} ({why})", "loss": _loss(spec), "Adam": use_group_step_adam(),
-            "HOLA kernels": f"{kernels} ({reason})" + (f"; triton: {triton}" if triton and triton != reason else ""),
-            "softmax attn": "torch's scaled_dot_product_attention", "apex modules": _apex(facts)}
+    return {"linears": f"{names[spec]} ({why})", "loss": _loss(spec), "Adam": use_group_step_adam()}
 
 
 def _loss(spec: str) -> str:

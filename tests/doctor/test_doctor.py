@@ -37,6 +37,20 @@ def test_a_known_bad_combination_ends_with_code_1(tmp_path):
     assert "pip uninstall apex" in done.stdout and "1 known-bad combination(s)" in done.stdout
 
 
+def test_a_transformer_engine_that_does_not_load_is_a_finding(tmp_path):
+    """Megatron-core takes what a missing library raises (OSError) for no reason to do without it."""
+    for folder in ("transformer_engine/pytorch", "transformer_engine-2.20.2.dist-info"):
+        (tmp_path / folder).mkdir(parents=True)
+    (tmp_path / "transformer_engine" / "__init__.py").write_text("raise OSError('libcudnn.so.9: undefined symbol')\n")
+    (tmp_path / "transformer_engine" / "pytorch" / "__init__.py").write_text("")
+    (tmp_path / "transformer_engine-2.20.2.dist-info" / "METADATA").write_text(
+        "Metadata-Version: 2.1\nName: transformer-engine\nVersion: 2.20.2\n")
+    done = run("tools/doctor.py", PYTHONPATH=str(tmp_path))
+    assert done.returncode == 1 and "Traceback" not in done.stderr, done.stderr
+    assert "bad  transformer-engine: " in done.stdout and "OSError: libcudnn.so.9: undefined symbol" in done.stdout
+    assert "linears  none: megatron-core does not load" in done.stdout
+
+
 @pytest.mark.distributed
 def test_collectives_under_the_launcher():
     done = run("-m", "hola_megatron.launch", "--nproc-per-node", "2", "tools/doctor.py")
