@@ -61,8 +61,11 @@ def gather_facts() -> Facts:
             continue
     packages["torch"] = torch.__version__  # metadata may lack +cpu or +cu130
     load_errors = _load_errors(packages)  # before torch loads its cuDNN: as in training, two of them may not mix
+    try:
+        cudnn = torch.backends.cudnn.version() if torch.backends.cudnn.is_available() else None
+    except RuntimeError as error:
+        cudnn, load_errors["cudnn"] = None, problem_of(error)
     usable = torch.cuda.is_available()
-    cudnn = torch.backends.cudnn.version() if torch.backends.cudnn.is_available() else None
     nccl = torch.cuda.nccl.version() if usable and torch.distributed.is_nccl_available() else None
     return Facts(
         python=(int(platform.python_version_tuple()[0]), int(platform.python_version_tuple()[1])), packages=packages,

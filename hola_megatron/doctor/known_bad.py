@@ -172,6 +172,15 @@ def cudnn_frontend(facts: Facts) -> Finding | None:
                    f"pip install 'nvidia-cudnn-frontend>={'.'.join(map(str, least))}'")
 
 
+def two_cudnn(facts: Facts) -> Finding | None:
+    error = facts.load_errors.get("cudnn")
+    if error is None:
+        return None
+    return Finding("note", "cudnn", f"torch cannot use its cuDNN beside the one that is loaded already ({error}); "
+                   "nothing here asks torch for cuDNN, other programs of this installation may",
+                   "let the loader find torch's own first (LD_LIBRARY_PATH), or remove the system's")
+
+
 def streaming_pins(facts: Facts) -> Finding | None:
     transformers, numpy = facts.version("transformers"), facts.version("numpy")
     if "mosaicml-streaming" not in facts.packages:
@@ -188,4 +197,4 @@ def streaming_pins(facts: Facts) -> Finding | None:
 RULES: tuple[Callable[[Facts], Finding | None], ...] = (
     old_python, wrong_apex, engine_does_not_load, engine_and_cublas, engine_parts, engine_and_cuda, torch_without_gpu,
     torchvision_build, old_triton, triton_on_hopper, triton_and_torch, interpreter_and_numpy, megatron_version,
-    cudnn_frontend, streaming_pins)
+    cudnn_frontend, two_cudnn, streaming_pins)

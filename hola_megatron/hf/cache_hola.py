@@ -105,12 +105,21 @@ class AttentionMemory(LayerMemory):
 class HolaCache(Cache):
     """The memories of all layers of one batch of sequences.
 
-    config: the model's HolaConfig. `seen` counts the columns of input given so far, padding included.
+    config: the model's HolaConfig. `seen` counts the columns of input given so far, padding included. `graph` is the
+    model's DecodingGraph over these memories, where config.cuda_graph asks for one.
     """
 
     def __init__(self, config: Any):
         super().__init__(layers=[AttentionMemory() if kind == "A" else DeltaMemory() for kind in config.layer_kinds])
-        self.seen = 0
+        self.seen, self.graph = 0, None
+
+    def held(self) -> list[Tensor]:
+        """Every tensor of every layer."""
+        found: list[Tensor] = []
+        for layer in self.layers:
+            for value in (getattr(layer, name) for name in layer.fields):
+                found += vars(value).values() if isinstance(value, HolaState) else [] if value is None else [value]
+        return found
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Columns of input seen, padding included; the same for every layer."""
@@ -145,7 +154,7 @@ class HolaCache(Cache):
 
     def reset(self) -> None:
         super().reset()
-        self.seen = 0
+        self.seen, self.graph = 0, None
 
     def nbytes(self) -> int:
         """Bytes held by all layers; constant at any length without A layers."""

@@ -22,6 +22,8 @@ class HolaConfig(PretrainedConfig):
     norm_eps, initializer_range, tie_word_embeddings: as elsewhere in transformers.
     max_position_embeddings: the length of the training samples. H and G layers have no limit.
     backend: kernels of H and G layers, "auto", "torch", "triton" or "reference".
+    cuda_graph: on a GPU, record a decoded token once and replay it; needs the package hola_kernels and Triton, and no
+        A layers. Without a GPU nothing is recorded.
     """
 
     model_type = "hola"
@@ -34,8 +36,8 @@ class HolaConfig(PretrainedConfig):
                  cache_score: str = "betae", cache_read_norm: str = "rms", cache_sink: bool = True,
                  cache_gate_init: float = -4.0, norm_eps: float = 1e-6, initializer_range: float = 0.02,
                  max_position_embeddings: int = 2048, use_cache: bool = True, backend: str = "auto",
-                 tie_word_embeddings: bool = True, bos_token_id: int | None = None, eos_token_id: int | None = None,
-                 pad_token_id: int | None = None, **kwargs: Any):
+                 cuda_graph: bool = False, tie_word_embeddings: bool = True, bos_token_id: int | None = None,
+                 eos_token_id: int | None = None, pad_token_id: int | None = None, **kwargs: Any):
         if not layer_pattern or set(layer_pattern) - set("HGA"):
             raise ValueError(f"layer_pattern: {layer_pattern!r} must be of the letters H, G and A")
         self.vocab_size = vocab_size
@@ -61,11 +63,22 @@ class HolaConfig(PretrainedConfig):
         self.max_position_embeddings = max_position_embeddings
         self.use_cache = use_cache
         self.backend = backend
+        self.cuda_graph = cuda_graph
+        if cuda_graph and (why := self._unrecordable()):
+            raise ValueError(f"cuda_graph: {why}; leave it off")
         # set before and after: 4.57 takes them as arguments, later versions as attributes of the subclass
         self.tie_word_embeddings = tie_word_embeddings
         self.bos_token_id, self.eos_token_id, self.pad_token_id = bos_token_id, eos_token_id, pad_token_id
         super().__init__(tie_word_embeddings=tie_word_embeddings, bos_token_id=bos_token_id,
                          eos_token_id=eos_token_id, pad_token_id=pad_token_id, **kwargs)
+
+    def _unrecordable(self) -> str | None:
+        """Why a decoded token cannot be a CUDA graph, or None."""
+        if "A" in self.layer_kinds:
+            return "the memory of A layers grows with every token, and a recording has fixed sizes"
+        if "H" in self.layer_kinds and self.cache_score not in ("betae", "e", "betav"):
+            return f"cache_score {self.cache_score!r} is not one of betae, e, betav"
+        return None if self.backend in ("auto", "triton") else f"backend {self.backend!r} reads lengths on the host"
 
     @property
     def layer_kinds(self) -> str:

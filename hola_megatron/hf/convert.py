@@ -39,7 +39,7 @@ from hola_megatron.checkpoint.tensors import TensorReader, shard_entry
 from hola_megatron.config import Recipe, build_recipe
 from hola_megatron.data.tokenizer import Tokenizer, load_tokenizer
 from hola_megatron.errors import CheckpointError, DataError, RecipeError
-from hola_megatron.hf import auto, cache_hola, configuration_hola, modeling_hola
+from hola_megatron.hf import auto, cache_hola, configuration_hola, decoding_hola, modeling_hola
 from hola_megatron.hf.bundle import bundle
 from hola_megatron.hf.configuration_hola import HolaConfig
 from hola_megatron.hf.fresh_folder import fresh_folder
@@ -48,7 +48,7 @@ from hola_megatron.hf.weights import ModelReader, write_model, write_shards
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 RECORD = "hola_export.json"
-CODE = (configuration_hola, cache_hola, modeling_hola)
+CODE = (configuration_hola, decoding_hola, cache_hola, modeling_hola)
 AUTO_MAP = {"AutoConfig": "configuration_hola.HolaConfig", "AutoModel": "modeling_hola.HolaModel",
             "AutoModelForCausalLM": "modeling_hola.HolaForCausalLM"}
 Verify = Callable[[Checkpoint, Path], Any]

@@ -26,6 +26,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 
 from .cache_hola import AttentionMemory, DeltaMemory, HolaCache
 from .configuration_hola import HolaConfig
+from .decoding_hola import DecodingGraph
 
 try:
     from hola_kernels import (
@@ -95,20 +96,26 @@ class Padding:
         return flat.index_copy(0, self.index, packed[0]).view(*self.valid.shape, -1)
 
 
+def step_backend(config: HolaConfig, x: Tensor) -> str:
+    """Of a decoded token; what reads nothing on the host can be recorded."""
+    return "triton" if config.cuda_graph and x.is_cuda else config.backend
+
+
 class ShortConvolution(nn.Module):
     """A depthwise causal convolution with SiLU; the last column of weight [D, W] multiplies the current token."""
 
     def __init__(self, width: int, config: HolaConfig):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(width, config.conv_width))
-        self.backend = config.backend
+        self.config = config
 
     def forward(self, x_BTD: Tensor, cuts: Tensor | None, tail: Tensor | None, decoding: bool) -> tuple[Tensor, Tensor]:
         """(y like x, tail [N, W - 1, D] of the last inputs); decoding: one token a row, `tail` updated in place."""
         if decoding and tail is not None:
-            return short_conv_step(x=x_BTD[:, 0], weight=self.weight, tail=tail)[:, None], tail
+            backend = step_backend(self.config, x_BTD)
+            return short_conv_step(x=x_BTD[:, 0], weight=self.weight, tail=tail, backend=backend)[:, None], tail
         return short_conv(x=x_BTD, weight=self.weight, cu_seqlens=cuts, tail=tail, return_tail=True,
-                          backend=self.backend)
+                          backend=self.config.backend)
 
 
 class GatedNorm(nn.Module):
@@ -171,9 +178,9 @@ class HolaDeltaMixer(nn.Module):
                    decoding: bool) -> Tensor:
         """The projection `name` of x after its convolution, whose tail is kept."""
         project, convolve = getattr(self, f"{name}_proj"), getattr(self, f"{name}_conv")
-        tail = None if memory is None else getattr(memory, f"{name}_tail")
-        y, tail = convolve(project(x), cuts, tail, decoding)
-        if memory is not None:
+        before = None if memory is None else getattr(memory, f"{name}_tail")
+        y, tail = convolve(project(x), cuts, before, decoding)
+        if memory is not None and tail is not before:
             setattr(memory, f"{name}_tail", tail.detach())
         return y
 
@@ -195,9 +202,10 @@ class HolaDeltaMixer(nn.Module):
         one = {name: x[:, 0] for name, x in tokens.items()}
         if memory.state is None:
             memory.state = self._empty_state(one["v"])
+        where = {"state": memory.state, "backend": step_backend(self.config, one["v"])}
         if self.exact_cache:
-            return hola_attention_step(**one, **self._cache_arguments(), state=memory.state)[:, None]
-        o, _ = gated_delta_step(**one, state=memory.state)
+            return hola_attention_step(**one, **self._cache_arguments(), **where)[:, None]
+        o, _ = gated_delta_step(**one, **where)
         return o.to(one["v"].dtype)[:, None]
 
     def _empty_state(self, v_BHV: Tensor) -> HolaState | Tensor:
@@ -341,17 +349,32 @@ class HolaModel(HolaPreTrainedModel):
         hidden = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         cache = self._cache(past_key_values, use_cache)
         padding = Padding.of(attention_mask, hidden.shape[1])
+        wanted = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
+        if not wanted and padding is None and self._is_recordable(hidden, cache):
+            cache.graph = cache.graph or DecodingGraph()
+            states = [cache.graph(lambda x: self._through_layers(x, None, cache)[-1], hidden, cache.held())]
+        else:
+            states = self._through_layers(hidden, padding, cache)
+        if cache is not None:
+            cache.seen += hidden.shape[1]
+        output = BaseModelOutputWithPast(last_hidden_state=states[-1], past_key_values=cache,
+                                         hidden_states=tuple(states) if wanted else None)
+        return output if return_dict is not False else output.to_tuple()
+
+    def _through_layers(self, hidden: Tensor, padding: Padding | None, cache: HolaCache | None) -> list[Tensor]:
+        """The residual stream before every layer, and normalized after the last."""
         states = [hidden]
         for number, layer in enumerate(self.layers):
             hidden = layer(hidden, padding, past_key_values=None if cache is None else cache.layers[number])
             states.append(hidden)
-        if cache is not None:
-            cache.seen += hidden.shape[1]
-        hidden = states[-1] = self.norm(hidden)
-        wanted = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
-        output = BaseModelOutputWithPast(last_hidden_state=hidden, past_key_values=cache,
-                                         hidden_states=tuple(states) if wanted else None)
-        return output if return_dict is not False else output.to_tuple()
+        states[-1] = self.norm(hidden)
+        return states
+
+    def _is_recordable(self, hidden: Tensor, cache: HolaCache | None) -> bool:
+        """Whether this is one token of every sequence, after others, on a GPU, with config.cuda_graph."""
+        return (self.config.cuda_graph and hidden.is_cuda and hidden.shape[1] == 1 and cache is not None
+                and all(layer.is_initialized for layer in cache.layers) and not torch.is_grad_enabled()
+                and not torch.cuda.is_current_stream_capturing())
 
     def _cache(self, given: Any, use_cache: bool | None) -> HolaCache | None:
         if use_cache is None:

@@ -1,8 +1,7 @@
 """One decoded token of hola_attention: the memory is read, and brought up to date in place.
 
 `backend="triton"` is three launches (triton_attention_step) that depend on no length and read nothing on the host;
-"torch" is the same in plain operations, and looks on the host for blocks that are full. "auto" is torch everywhere so
-far: the launches have been compared with it under Triton's interpreter, not yet on a GPU.
+"torch" is the same in plain operations, and looks on the host for blocks that are full.
 """
 
 from __future__ import annotations
@@ -33,7 +32,7 @@ def hola_attention_step(*, q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, b
     check_per_head(gamma_q=(gamma_q, q.shape[2]), gamma_k=(gamma_k, q.shape[2]), gate=(gate, q.shape[1]),
                    sink=(sink, q.shape[1]))
     refusal = step_refusal(q, k, v) or _state_refusal(state)
-    name = "torch" if backend == "auto" else choose_backend(backend, q.device, refusal)
+    name = choose_backend(backend, q.device, refusal)
     run = _step_triton if name == "triton" else _step_torch
     return run(q, k, v, log_decay, beta, gamma_q, gamma_k, gate, sink, state, score, read_norm)
 

@@ -77,7 +77,8 @@ def test_what_is_beside_a_bad_combination_is_not_called_bad(facts):
     (with_packages(triton="3.7.1"), "triton and torch"),
     (with_packages(numpy="2.4.6"), "triton and numpy"), (with_packages(numpy="2.4.6"), "mosaicml-streaming"),
     (with_packages(transformers="5.17.0"), "mosaicml-streaming"),
-    (with_packages(nvidia_cudnn_frontend="1.26.0"), "cudnn-frontend")])
+    (with_packages(nvidia_cudnn_frontend="1.26.0"), "cudnn-frontend"),
+    (dataclasses.replace(GOOD, load_errors={"cudnn": "RuntimeError: compiled against 9.19, found 9.14"}), "cudnn")])
 def test_notes_are_told_and_are_not_bad(facts, name):
     assert name in notes(facts) and bad(facts) == []
 

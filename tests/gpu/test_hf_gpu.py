@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import sys
 from pathlib import Path
 
@@ -11,8 +12,9 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent.parent / "hf"))
 from tiny import liven, tokens
 
+from hola_kernels import KernelError
 from hola_megatron.hf.configuration_hola import HolaConfig
-from hola_megatron.hf.modeling_hola import HolaForCausalLM
+from hola_megatron.hf.modeling_hola import FLOAT32_PARAMETERS, HolaForCausalLM
 
 
 @pytest.fixture(scope="module")
@@ -61,3 +63,72 @@ def test_decoding_in_bfloat16_follows_the_full_pass(lm):
     whole = half(x, use_cache=False).logits[:, 120:]
     assert float((steps.float() - whole.float()).norm() / whole.float().norm()) < 0.05
     assert cache.layers[0].nbytes() == held
+
+
+def twins(pattern: str, **changes: int) -> tuple[HolaForCausalLM, HolaForCausalLM]:
+    """One model without and with `cuda_graph`, bfloat16."""
+    found = []
+    for cuda_graph in (False, True):
+        config = HolaConfig(vocab_size=512, hidden_size=128, intermediate_size=256, num_hidden_layers=3, num_heads=2,
+                            layer_pattern=pattern, key_dim=64, value_dim=64, cache_block=64, cache_slots=16,
+                            cuda_graph=cuda_graph, **changes)
+        found.append(liven(HolaForCausalLM(config)).to(torch.bfloat16).cuda())
+        for name, x in found[-1].named_parameters():
+            if name.rpartition(".")[2] in FLOAT32_PARAMETERS:
+                x.data = x.data.float()
+    return tuple(found)
+
+
+@pytest.mark.parametrize("pattern", ["H", "HG"])
+@torch.no_grad()
+def test_a_recorded_token_is_the_token(pattern):
+    """Bit for bit over three blocks; another batch order, a copied cache and longer input in between."""
+    plain, recorded = twins(pattern)
+    x = tokens(3, 400, 512).cuda()
+    have = ([], [])
+    for lm, parts in zip((recorded, plain), have, strict=True):
+        cache = lm(x[:, :100], use_cache=True).past_key_values
+        for t in range(100, 300):
+            parts.append(lm(x[:, t: t + 1], past_key_values=cache).logits)
+        assert (cache.graph is not None) == lm.config.cuda_graph
+        copied = copy.deepcopy(cache)
+        cache.reorder_cache(torch.tensor([2, 0, 0]))
+        for held in (cache, copied):
+            for t in range(300, 320):
+                parts.append(lm(x[:, t: t + 1], past_key_values=held).logits)
+        parts.append(lm(x[:, 320:340], past_key_values=cache).logits)
+        for t in range(340, 400):
+            parts.append(lm(x[:, t: t + 1], past_key_values=cache, output_hidden_states=t % 7 == 0).logits)
+    assert all(torch.equal(a, b) for a, b in zip(*have, strict=True))
+    assert not torch.equal(have[0][0], have[0][1])
+
+
+@pytest.mark.parametrize("options", [{}, {"num_beams": 3}], ids=["greedy", "beams"])
+def test_generation_with_a_graph(options):
+    plain, recorded = twins("HG")
+    x, mask = tokens(2, 40, 512).cuda(), torch.ones(2, 40, dtype=torch.int64, device="cuda")
+    mask[0, :11] = 0
+    options = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0, "max_new_tokens": 90, **options}
+    want, have = (lm.generate(x, attention_mask=mask, **options) for lm in (plain, recorded))
+    assert torch.equal(want, have) and have[:, 40:].unique().numel() > 3
+
+
+@torch.no_grad()
+def test_a_graph_is_refused_where_the_kernels_are():
+    _, lm = twins("H", conv_width=5)
+    with pytest.raises(KernelError, match="at most 4 taps"):
+        lm(tokens(1, 1, 512).cuda(), past_key_values=lm(tokens(1, 9, 512).cuda(), use_cache=True).past_key_values)
+
+
+@torch.no_grad()
+def test_triton_steps_follow_the_plain_ones_through_a_model(lm):
+    """float32, 200 tokens, blocks closed on the way."""
+    config = HolaConfig(**{**lm.config.to_dict(), "layer_pattern": "HG"})
+    fast = liven(HolaForCausalLM(config)).cuda()
+    slow = HolaForCausalLM(HolaConfig(**{**config.to_dict(), "backend": "torch"})).cuda().eval()
+    slow.load_state_dict(fast.state_dict())
+    x, logits = tokens(2, 300, 512).cuda(), []
+    for one in (fast, slow):
+        cache = one(x[:, :100], use_cache=True).past_key_values
+        logits.append(torch.cat([one(x[:, t: t + 1], past_key_values=cache).logits for t in range(100, 300)], 1))
+    assert float((logits[0] - logits[1]).norm() / logits[1].norm()) < 1e-3

@@ -9,6 +9,7 @@ import torch
 from tiny import model, tokens
 
 from hola_megatron.hf.cache_hola import HolaCache
+from hola_megatron.hf.configuration_hola import HolaConfig
 from hola_megatron.hf.modeling_hola import HolaForCausalLM
 
 PATTERNS = {
@@ -213,6 +214,22 @@ def test_wrong_inputs_are_named():
         lm(x).past_key_values.crop(2)
     with pytest.raises(ValueError, match="letters H, G and A"):
         model("HX")
+
+
+@torch.no_grad()
+def test_cuda_graph_changes_nothing_without_a_gpu_and_is_refused_where_it_cannot_be():
+    x, found = tokens(2, 30), []
+    for cuda_graph in (False, True):
+        lm = model("HG", cuda_graph=cuda_graph)
+        cache = lm(x[:, :9]).past_key_values
+        found.append(torch.cat([lm(x[:, t: t + 1], past_key_values=cache).logits for t in range(9, 30)], 1))
+    assert torch.equal(*found) and cache.graph is None
+    refused = (({"layer_pattern": "HA"}, "memory of A layers grows"), ({"backend": "torch"}, "backend 'torch'"),
+               ({"cache_score": "recency"}, "cache_score 'recency' is not one of betae, e, betav"))
+    for wrong, why in refused:
+        with pytest.raises(ValueError, match=f"cuda_graph: .*{why}.*; leave it off"):
+            HolaConfig(cuda_graph=True, **wrong)
+    assert HolaConfig(cuda_graph=True, layer_pattern="G", cache_score="recency").cuda_graph
 
 
 @torch.no_grad()

@@ -23,7 +23,7 @@ def gated_delta_step(*, q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, beta
     """
     check_step(q, k, v, log_decay, beta, state)
     refusal = step_refusal(q, k, v) or (None if state.is_contiguous() else "a state that is not contiguous")
-    name = "torch" if backend == "auto" else choose_backend(backend, q.device, refusal)
+    name = choose_backend(backend, q.device, refusal)
     return (_step_triton if name == "triton" else _step_torch)(q, k, v, log_decay, beta, state)
 
 

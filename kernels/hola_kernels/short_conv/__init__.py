@@ -77,7 +77,7 @@ def short_conv_step(*, x: Tensor, weight: Tensor, tail: Tensor, backend: str = "
         raise KernelError(f"x {tuple(x.shape)}, weight {tuple(weight.shape)} and tail {tuple(tail.shape)} "
                           "must be [N, D], [D, W] and [N, W - 1, D]")
     refusal = _refusal(x, weight) or (None if tail.is_contiguous() else "a tail that is not contiguous")
-    name = "torch" if backend == "auto" else choose_backend(backend, x.device, refusal)
+    name = choose_backend(backend, x.device, refusal)
     return (_step_triton if name == "triton" else _step_torch)(x, weight, tail)
 
 
