@@ -138,7 +138,7 @@ class TrainConfig:
     recompute: Literal["none", "full"] = Field("none", description="activations kept, or recomputed layer by layer")
     cuda_graph: bool = Field(False, description=(
         "forward and backward pass of a micro-batch as one CUDA graph: for few tokens a rank, where launching takes "
-        "longer than computing; on one GPU so far, without experts and fp8"))
+        "longer than computing; without pipeline and context ranks, experts and fp8"))
     cuda_graph_documents: int | None = Field(None, ge=1, description=(
         "documents of a micro-batch that its graph has room for; one with more runs without; null: one for each 256 "
         "tokens, at least 4 a sample"))

@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from hola_megatron.config import Recipe
 
-GRAPH_RANKS = 1  # processes of a run with train.cuda_graph; more are not proven (docs/cuda_graph.md)
 # what our Triton kernels take: widths of a head's keys and values, tokens of a convolution
 KERNEL_WIDTHS, KERNEL_TAPS = (64, 128, 256), 4
 
@@ -21,7 +20,7 @@ KERNEL_WIDTHS, KERNEL_TAPS = (64, 128, 256), 4
 def check_recipe(recipe: Recipe, world_size: int | None = None) -> list[str]:
     """All problems of a recipe whose fields are each right. With world_size also what the ranks imply."""
     problems = [*_check_sizes(recipe), *_check_context(recipe), *_check_fp8(recipe), *_check_experts(recipe),
-                *_check_engine(recipe), *_check_cuda_graph(recipe, world_size), *_check_training(recipe)]
+                *_check_engine(recipe), *_check_cuda_graph(recipe), *_check_training(recipe)]
     return problems if world_size is None else [*problems, *_check_world(recipe, world_size)]
 
 
@@ -176,7 +175,7 @@ def _check_engine(recipe: Recipe) -> Iterator[str]:
         ("fp8.recipe", recipe.fp8.recipe, None)], otherwise="engine to megatron")
 
 
-def _check_cuda_graph(recipe: Recipe, world_size: int | None) -> Iterator[str]:
+def _check_cuda_graph(recipe: Recipe) -> Iterator[str]:
     """What reads the device on the host, or depends on numbers of the very step, cannot be part of a graph."""
     model, parallel, room = recipe.model, recipe.parallel, recipe.train.cuda_graph_documents
     if room is not None and not (recipe.train.cuda_graph and recipe.data.documents == "separate"):
@@ -209,9 +208,6 @@ def _check_cuda_graph(recipe: Recipe, world_size: int | None) -> Iterator[str]:
     if recipe.data.documents == "separate" and "A" in kinds:
         yield ("train.cuda_graph: true is not possible where softmax attention keeps documents separate; set it to "
                "false, or data.documents to joined")
-    if (world_size or 1) > GRAPH_RANKS:
-        yield (f"train.cuda_graph: true is not possible on {world_size} ranks, on {GRAPH_RANKS} so far; set it to "
-               "false")
 
 
 def _check_training(recipe: Recipe) -> Iterator[str]:

@@ -64,16 +64,20 @@ class HolaConfig(PretrainedConfig):
         self.use_cache = use_cache
         self.backend = backend
         self.cuda_graph = cuda_graph
-        if cuda_graph and (why := self._unrecordable()):
-            raise ValueError(f"cuda_graph: {why}; leave it off")
+        self.check_cuda_graph()
         # set before and after: 4.57 takes them as arguments, later versions as attributes of the subclass
         self.tie_word_embeddings = tie_word_embeddings
         self.bos_token_id, self.eos_token_id, self.pad_token_id = bos_token_id, eos_token_id, pad_token_id
         super().__init__(tie_word_embeddings=tie_word_embeddings, bos_token_id=bos_token_id,
                          eos_token_id=eos_token_id, pad_token_id=pad_token_id, **kwargs)
 
+    def check_cuda_graph(self) -> None:
+        """Raises ValueError where a decoded token cannot be recorded. Again when a model is made: from_pretrained sets
+        what it is given after the configuration has been read."""
+        if self.cuda_graph and (why := self._unrecordable()):
+            raise ValueError(f"cuda_graph: {why}; leave it off")
+
     def _unrecordable(self) -> str | None:
-        """Why a decoded token cannot be a CUDA graph, or None."""
         if "A" in self.layer_kinds:
             return "the memory of A layers grows with every token, and a recording has fixed sizes"
         if "H" in self.layer_kinds and self.cache_score not in ("betae", "e", "betav"):

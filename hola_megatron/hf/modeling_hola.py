@@ -290,6 +290,7 @@ class HolaPreTrainedModel(PreTrainedModel):
     _is_stateful = True  # the memory cannot be rolled back: no assisted decoding
 
     def __init__(self, config: HolaConfig, *args: Any, **kwargs: Any):
+        config.check_cuda_graph()
         super().__init__(config, *args, **kwargs)
         held = set(config.layer_kinds)
         names = FLOAT32_PARAMETERS[:2] if held & set("HG") and config.decay else ()
@@ -351,7 +352,9 @@ class HolaModel(HolaPreTrainedModel):
         padding = Padding.of(attention_mask, hidden.shape[1])
         wanted = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
         if not wanted and padding is None and self._is_recordable(hidden, cache):
-            cache.graph = cache.graph or DecodingGraph()
+            if cache.graph is None:
+                self.config.check_cuda_graph()  # it may have been set since
+                cache.graph = DecodingGraph()
             states = [cache.graph(lambda x: self._through_layers(x, None, cache)[-1], hidden, cache.held())]
         else:
             states = self._through_layers(hidden, padding, cache)

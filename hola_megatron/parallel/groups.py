@@ -77,8 +77,8 @@ def start(recipe: Recipe) -> Layout:
             virtual_pipeline_model_parallel_size=virtual if virtual > 1 else None,
             context_parallel_size=recipe.parallel.context, **experts, **priority,
             distributed_timeout_minutes=max(1, round(recipe.parallel.timeout_minutes)))
-    # the embedding of a sequence-parallel model takes another generator's state for its dropout, of 0 too, which a graph
-    # allows in this form only
+    # a sequence-parallel embedding takes another generator's state for its dropout, for one of 0 too; a graph allows
+    # that in this form only
     in_graph = recipe.train.cuda_graph and device.type == "cuda"
     model_parallel_cuda_manual_seed(recipe.train.seed, use_cudagraphable_rng=in_graph, force_reset_rng=True)
     if dist.get_rank():

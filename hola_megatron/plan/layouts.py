@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 from hola_megatron.config import Recipe
 from hola_megatron.plan.memory import StageMemory, worst_stage
-from hola_megatron.recipe_checks import GRAPH_RANKS, check_recipe
+from hola_megatron.recipe_checks import check_recipe
 
 GPUS_A_NODE = 8      # choice: tensor ranks talk in every layer and stay within a node
 LONG_TOKENS = 16384  # choice: from this length on the sequence may be cut as well
 FIELDS = (("parallel", "tensor"), ("parallel", "sequence"), ("parallel", "context"), ("parallel", "pipeline"),
           ("parallel", "virtual_pipeline"), ("train", "micro_batch_size"), ("train", "recompute"),
-          ("train", "cuda_graph"))
+          ("train", "cuda_graph"), ("train", "cuda_graph_documents"))
 
 
 @dataclass(frozen=True)
@@ -33,11 +34,7 @@ def suggest(recipe: Recipe, world: int, capacity_bytes: float, count: int = 3) -
     always among them, however many ranks it takes.
     """
     found: dict[tuple[int, str], Suggestion] = {}
-    without = recipe
-    if recipe.train.cuda_graph and world > GRAPH_RANKS:
-        train = dataclasses.replace(recipe.train, cuda_graph=False, cuda_graph_documents=None)
-        without = dataclasses.replace(recipe, train=train)
-    for candidate in sorted(_candidates(without), key=_cost):
+    for candidate in sorted(_candidates(recipe), key=_cost):
         kind = candidate.parallel.model_ranks, candidate.train.recompute
         enough = len(found) >= count and (candidate.train.recompute == "full" or _has_none(found))
         if enough or kind in found or check_recipe(candidate, world_size=world) or _idles(candidate, world):
@@ -59,7 +56,7 @@ def changed_fields(recipe: Recipe, candidate: Recipe) -> list[str]:
     for section, field in FIELDS:
         value = getattr(getattr(candidate, section), field)
         if value != getattr(getattr(recipe, section), field):
-            changed.append(f"{section}.{field}={str(value).lower() if isinstance(value, bool) else value}")
+            changed.append(f"{section}.{field}={value if isinstance(value, str) else json.dumps(value)}")
     return changed
 
 
@@ -83,12 +80,14 @@ def _candidates(recipe: Recipe) -> Iterator[Recipe]:
     for tensor in (x for x in _powers(GPUS_A_NODE) if all(n % x == 0 for n in heads)):
         for pipeline in (x for x in range(1, model.layers + 1) if model.layers % x == 0 and x <= 64):
             for context in _powers(64) if long else [1]:
+                # a graph is of ranks that share neither layers nor sequences
+                graph = {} if pipeline == context == 1 else {"cuda_graph": False, "cuda_graph_documents": None}
                 for micro in _micro_batches(train.micro_batch_size):
                     for recompute in ("none", "full"):
                         virtual = parallel.virtual_pipeline if pipeline == parallel.pipeline else 1
                         yield dataclasses.replace(
                             recipe,
-                            train=dataclasses.replace(train, micro_batch_size=micro, recompute=recompute),
+                            train=dataclasses.replace(train, micro_batch_size=micro, recompute=recompute, **graph),
                             parallel=dataclasses.replace(
                                 parallel, tensor=tensor, sequence=tensor > 1, pipeline=pipeline, context=context,
                                 virtual_pipeline=virtual))

@@ -127,7 +127,8 @@ def test_everything_a_user_needs_travels_along(run, tmp_path):
     assert (tokenizer.eos_token_id, tokenizer.pad_token_id, tokenizer.padding_side) == (257, 257, "left")
     assert GenerationConfig.from_pretrained(tmp_path / "out").eos_token_id == 257
     names = {path.name for path in (tmp_path / "out").iterdir()}
-    assert {"configuration_hola.py", "modeling_hola.py", "cache_hola.py", "hola_ops.py", "hola_export.json"} <= names
+    assert {"configuration_hola.py", "modeling_hola.py", "cache_hola.py", "decoding_hola.py", "hola_ops.py",
+            "hola_export.json"} <= names
     for path in (tmp_path / "out").iterdir():
         assert path.stat().st_mode & 0o044 == 0o044, path  # others may read it
         if path.suffix != ".safetensors":

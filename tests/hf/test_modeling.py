@@ -217,7 +217,7 @@ def test_wrong_inputs_are_named():
 
 
 @torch.no_grad()
-def test_cuda_graph_changes_nothing_without_a_gpu_and_is_refused_where_it_cannot_be():
+def test_cuda_graph_changes_nothing_without_a_gpu_and_is_refused_where_it_cannot_be(tmp_path):
     x, found = tokens(2, 30), []
     for cuda_graph in (False, True):
         lm = model("HG", cuda_graph=cuda_graph)
@@ -230,6 +230,9 @@ def test_cuda_graph_changes_nothing_without_a_gpu_and_is_refused_where_it_cannot
         with pytest.raises(ValueError, match=f"cuda_graph: .*{why}.*; leave it off"):
             HolaConfig(cuda_graph=True, **wrong)
     assert HolaConfig(cuda_graph=True, layer_pattern="G", cache_score="recency").cuda_graph
+    model("HA").save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="memory of A layers grows"):
+        HolaForCausalLM.from_pretrained(tmp_path, cuda_graph=True)
 
 
 @torch.no_grad()

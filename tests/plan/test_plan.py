@@ -56,7 +56,8 @@ def test_every_shipped_recipe_has_a_layout_on_the_usual_machines(path, gpus, mem
 @pytest.mark.parametrize(("name", "gpus", "memory", "overrides"), [
     ("hola_7b", 8, 80, ["parallel.tensor=1", "parallel.sequence=false", "train.micro_batch_size=4"]),
     ("hola_7b", 64, 80, ["train.sequence_length=131072"]), ("hola_340m", 512, 80, []),
-    ("hola_13b", 8, 50, []), ("hola_1b_hybrid", 8, 40, ["train.micro_batch_size=16"])])
+    ("hola_13b", 8, 50, []), ("hola_13b", 64, 24, ["train.cuda_graph=true", "train.cuda_graph_documents=200"]),
+    ("hola_1b_hybrid", 8, 40, ["train.micro_batch_size=16"])])
 def test_suggestions_as_overrides_fit(name, gpus, memory, overrides):
     """Pasted onto the command they make a recipe that is allowed on these GPUs and fits."""
     plan = plan_of(name, gpus, memory, *overrides)

@@ -209,8 +209,6 @@ def test_what_cannot_be_captured_is_refused(override, said):
     assert any(problem.startswith(said) for problem in refused("train.cuda_graph=true", *override.split()))
 
 
-def test_a_graph_over_several_ranks_is_refused():
-    recipe = load_recipe(TINY, ["train.cuda_graph=true"])
-    assert check_recipe(recipe, world_size=1) == []
-    assert check_recipe(recipe, world_size=2) == [
-        "train.cuda_graph: true is not possible on 2 ranks, on 1 so far; set it to false"]
+def test_a_graph_over_data_and_tensor_ranks_is_taken():
+    recipe = load_recipe(TINY, ["train.cuda_graph=true", "parallel.tensor=2", "parallel.sequence=true"])
+    assert check_recipe(recipe, world_size=4) == []
