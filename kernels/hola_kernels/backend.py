@@ -42,6 +42,11 @@ def auto_backend(device_type: str) -> tuple[str, str]:
     return ("torch", problem) if problem else ("triton", "CUDA device")
 
 
+def interpreted() -> bool:
+    """Whether Triton's interpreter runs the kernels, for tests: small tiles then, and precisions that it knows."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
 @functools.cache
 def triton_problem(device_type: str) -> str | None:
     """Why the Triton backend cannot run on this kind of device, or None.
@@ -51,7 +56,7 @@ def triton_problem(device_type: str) -> str | None:
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed"
     if device_type == "cpu":
-        return None if os.environ.get("TRITON_INTERPRET") == "1" else "CPU without TRITON_INTERPRET=1"
+        return None if interpreted() else "CPU without TRITON_INTERPRET=1"
     if device_type != "cuda":
         return f"device {device_type}"
     if torch.version.hip is not None:

@@ -55,7 +55,7 @@ class _HolaAttention(torch.autograd.Function):
         y, o_cache, lse, query_norm = launch_read_forward(
             q_MHK=q, k_RHK=k, v_RHV=v, key_norm_RH=key_norm, gamma_q=gamma_q, gamma_k=gamma_k, sink_H=sink,
             gate_H=gate, o_state_MHV=o_state, slots_UHw=slots_UHw, units=blocks.units, mean=mean, incoming=False,
-            tile=read_config(k.shape[-1], v.shape[-1], k.dtype, k.device).forward)
+            tile=read_config(k.shape[-1], v.shape[-1], k.dtype).forward)
         ctx.save_for_backward(q, k, v, log_decay, beta, gamma_q, gamma_k, gate, sink, key_norm, o_cache, lse,
                               query_norm, slots_UHw, *kept)
         ctx.layout, ctx.blocks, ctx.mean = layout, blocks, mean

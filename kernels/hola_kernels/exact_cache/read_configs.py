@@ -80,8 +80,10 @@ TABLE = {
 }
 
 
-def read_config(key_dim: int, value_dim: int, dtype: torch.dtype, device: torch.device) -> ReadConfig:
+def read_config(key_dim: int, value_dim: int, dtype: torch.dtype) -> ReadConfig:
     """The checked configuration for these widths."""
-    if device.type == "cpu":
+    from hola_kernels.backend import interpreted
+
+    if interpreted():
         return INTERPRETER
     return TABLE[dtype != torch.float32, max(64, key_dim, value_dim)]

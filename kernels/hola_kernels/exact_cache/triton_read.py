@@ -49,7 +49,7 @@ class ExactRead(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, v, gamma_q, gamma_k, sink, gate, o_state, slots_UHw, blocks: Blocks, mean: float):
         key_norm = launch_inverse_norms(x_MHD=k, mean=mean)
-        config = read_config(k.shape[-1], v.shape[-1], k.dtype, k.device)
+        config = read_config(k.shape[-1], v.shape[-1], k.dtype)
         y, o_cache, lse, query_norm = launch_read_forward(
             q_MHK=q, k_RHK=k, v_RHV=v, key_norm_RH=key_norm, gamma_q=gamma_q, gamma_k=gamma_k, sink_H=sink,
             gate_H=gate, o_state_MHV=o_state, slots_UHw=slots_UHw, units=blocks.units, mean=mean,
@@ -81,7 +81,7 @@ def exact_read_backward(*, q: Tensor, k: Tensor, v: Tensor, gamma_q: Tensor, gam
     """
     add = into is not None
     dq, dk, dv = into if add else (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
-    config = read_config(k.shape[-1], v.shape[-1], k.dtype, k.device)
+    config = read_config(k.shape[-1], v.shape[-1], k.dtype)
     delta, head_part = launch_delta(dy_MHV=dy, o_cache_MHV=o_cache, lse_MH=lse, sink_H=sink, gate_H=gate)
     shared = {"q_MHK": q, "k_RHK": k, "gamma_q": gamma_q, "gamma_k": gamma_k, "slots_UHw": slots_UHw,
               "units": blocks.units, "incoming": blocks.incoming}

@@ -16,6 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from hola_kernels.backend import interpreted
 from hola_kernels.exact_cache.selection_plan import CANDIDATES, SelectionPlan
 from hola_kernels.integers import next_power_of_2
 
@@ -102,8 +103,7 @@ def launch_top_slots(*, jobs: Tensor, score_MH: Tensor, list_rows: Tensor, list_
                      row_score: Tensor | None = None, to: Tensor | None = None) -> None:
     """rows[to] (or rows) [J, H, w] int32 <- the w best of every job; row_score gets their scores."""
     heads, slots = rows.shape[1:]
-    small = score_MH.device.type == "cpu"  # the interpreter: tiny calls
-    tile = 256 if small else CANDIDATES
+    tile = 256 if interpreted() else CANDIDATES
     _top_slots_kernel[(jobs.shape[0], heads)](
         jobs, score_MH, list_rows, list_score, jobs if to is None else to, rows,
         rows if row_score is None else row_score, heads, slots, SLOTS=next_power_of_2(slots), TILE=tile,

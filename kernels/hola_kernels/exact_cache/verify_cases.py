@@ -108,7 +108,7 @@ def measure_split(*, dtype: torch.dtype, key: int, value: int, cuts: tuple[int, 
     norm = triton_forward.launch_inverse_norms(x_MHD=x["k"], mean=mean)
     keys = {"k_RHK": x["k"], "v_RHV": x["v"], "key_norm_RH": norm}
     shared = {"q_MHK": x["q"], "gamma_q": x["gamma_q"], "gamma_k": x["gamma_k"], "sink_H": x["sink"], "mean": mean,
-              "units": blocks.units, "tile": read_config(key, value, dtype, x["q"].device).forward}
+              "units": blocks.units, "tile": read_config(key, value, dtype).forward}
     chosen = triton_read.select_slots(score_MH=score, plan=blocks.plan, slots=slots)
     rest = {"gate_H": x["gate"], "o_state_MHV": x["o_state"], "slots_UHw": chosen, "incoming": late > 0}
     filling = {n: y.clone() for n, y in keys.items()}

@@ -21,6 +21,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from hola_kernels.backend import interpreted
 from hola_kernels.descriptors import tiles_of
 from hola_kernels.norms import L2_EPS, RMS_EPS
 from hola_kernels.triton_config import launch_of
@@ -143,7 +144,7 @@ def prepare(*, q_MHK: Tensor, k_MHK: Tensor, log_decay_MH: Tensor, beta_MH: Tens
     attend = solve.new_empty(solve.shape)
     launch = launch_of("gated_delta_prepare", key_dim, q_MHK.element_size())
     # the interpreter knows no bf16x3
-    solve_precision = SOLVE_PRECISION[q_MHK.element_size()] if q_MHK.is_cuda else "ieee"
+    solve_precision = "ieee" if interpreted() else SOLVE_PRECISION[q_MHK.element_size()]
     if count:
         _prepare_kernel[(count * heads,)](
             tiles_of(q_MHK, heads * key_dim, size, launch.tile), tiles_of(k_MHK, heads * key_dim, size, launch.tile),
