@@ -308,7 +308,16 @@ def build_recipe(values: dict[str, Any], problems: list[str] | None = None) -> R
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML 1.1 reads 3e-4 as a string; everybody who writes it means a number."""
+    """YAML 1.1 reads 3e-4 as a string, and of two values of one key takes the last; everybody who writes the first
+    means a number, and nobody means the second."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        for number, (key, _) in enumerate(node.value):
+            if isinstance(key, yaml.ScalarNode) and key.value in keys[:number]:
+                raise yaml.constructor.ConstructorError(
+                    problem=f"line {key.start_mark.line + 1}: {key.value} is given twice; keep one")
+        return super().construct_mapping(node, deep)
 
 
 _Loader.add_implicit_resolver(

@@ -7,6 +7,9 @@ of its own; a scheduler needs to tell a bad recipe (2) from a run to queue again
 torchrun dies of SIGUSR1, and after SIGTERM gives the ranks 30 seconds; here both are handed to
 every rank of this machine, which save and end with 75. Ranks that have not ended
 HOLA_STOP_SECONDS (600) after the first signal are killed.
+
+On several nodes one rank may find what no restart mends (codes 2, 3, 4), and the others then lose it (76). The node
+that knows writes its code to the file HOLA_EXIT_FILE, if that is set, for the script that has all nodes' codes.
 """
 
 from __future__ import annotations
@@ -20,12 +23,13 @@ import uuid
 from pathlib import Path
 from types import FrameType
 
-from hola_megatron.errors import EXIT_INTERRUPTED, EXIT_LOST
+from hola_megatron.errors import EXIT_DATA, EXIT_DIVERGED, EXIT_INTERRUPTED, EXIT_LOST, EXIT_RECIPE
 
 # torch is imported inside `launch`: it takes seconds, and a signal must not find us without a handler
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 AGAIN_SECONDS = 10
+NO_RESTART = (EXIT_RECIPE, EXIT_DATA, EXIT_DIVERGED)
 
 
 class Stop:
@@ -106,7 +110,10 @@ def launch(argv: list[str]) -> int:
         elastic_launch(config, command)(*arguments)
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
-        return _code_of(rank, failure.exitcode, stop)
+        code = _code_of(rank, failure.exitcode, stop)
+        if code in NO_RESTART and "HOLA_EXIT_FILE" in os.environ:
+            Path(os.environ["HOLA_EXIT_FILE"]).write_text(f"{code}\n")
+        return code
     except SignalException as error:
         return 128 + int(error.sigval)
     except RendezvousError as error:

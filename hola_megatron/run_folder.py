@@ -1,6 +1,6 @@
 """The run folder: one run, found again by its name after every interruption.
 
-    runs/NAME/  recipe.yaml  metrics.jsonl  loss.png  tensorboard/  checkpoints/step_NNNNNNNN/
+    runs/NAME/  recipe.yaml  metrics.jsonl  loss.png  tensorboard/  checkpoints/step_NNNNNNNN/  checkpointed
                 incidents/ and rewind.json after bad numbers, hang/ after a hang
 """
 
@@ -23,6 +23,7 @@ from hola_megatron.errors import CheckpointError, RecipeError, RunFolderError
 from hola_megatron.parallel.groups import Layout, on_main
 
 REWIND = "rewind.json"
+CHECKPOINTED = "checkpointed"
 # what may differ between the parts of one run without changing what is computed
 FREE = ("run_dir", "engine", "parallel.", "checkpoint.", "log.", "valid.", "data.valid", "data.cache",
         "train.micro_batch_size", "train.recompute", "train.logits_budget_gb", "train.cuda_graph", "guard.",
@@ -68,6 +69,9 @@ def _open(recipe: Recipe, data_fingerprint: str, new: bool, allow_change: bool) 
     if checkpoint is None and list_steps(folder / "checkpoints"):
         raise CheckpointError(f"{folder}: no checkpoint of this run is usable (named above); mend one, or start over "
                               "with --new (the old folder is kept under another name)")
+    if checkpoint is None and (folder / CHECKPOINTED).exists():
+        raise CheckpointError(f"{folder}: this run has made checkpoints ({CHECKPOINTED}), and there are none; put "
+                              "checkpoints/ back, or start over with --new (the old folder is kept under another name)")
     if checkpoint is not None and not allow_change:
         _refuse_changes(recipe, checkpoint, data_fingerprint)
     try:
@@ -78,6 +82,16 @@ def _open(recipe: Recipe, data_fingerprint: str, new: bool, allow_change: bool) 
     for left in folder.glob("incidents/*/*.tmp"):  # of a save that was killed
         shutil.rmtree(left)
     return Resume(checkpoint, _noted(folder, checkpoint.step)) if checkpoint else None
+
+
+def note_checkpoint(folder: Path) -> None:
+    """Remember that there is a checkpoint: a start that finds none then must not begin the run again."""
+    try:
+        if not (folder / CHECKPOINTED).exists():
+            write_durably(folder / CHECKPOINTED, b"")
+    except OSError as error:
+        raise RunFolderError(f"{folder / CHECKPOINTED}: cannot be written ({error}); free the disk or mend the folder"
+                             ) from None
 
 
 def note_rewind(folder: Path, state: TrainerState) -> None:

@@ -31,7 +31,7 @@ from hola_megatron.monitor.signals import StopSignal
 from hola_megatron.monitor.stragglers import Stragglers
 from hola_megatron.monitor.watchdog import Watchdog
 from hola_megatron.parallel.groups import Layout, agree, on_main, start
-from hola_megatron.run_folder import forget_rewind, note_rewind, open_run_folder
+from hola_megatron.run_folder import forget_rewind, note_checkpoint, note_rewind, open_run_folder
 
 
 @dataclass
@@ -175,6 +175,8 @@ class Run:
             totals[0] += total
             totals[1] += tokens
         loss = totals[0] / max(totals[1], 1)
+        if recipe.log.memory_health:
+            health = memory_health.of_all_stages(health, self.layout)
         if self.layout.is_main:
             self.metrics.write({"step": self.state.step, "kind": "valid", "loss": finite(loss),
                                 "perplexity": finite(math.exp(min(loss, 50))), "tokens": totals[1]})
@@ -247,6 +249,7 @@ class Run:
         if failed:
             raise refusal(self.recipe.folder / "checkpoints", "another rank could not write its part")
         if path and self.layout.is_main:
+            note_checkpoint(self.recipe.folder)
             print(f"saved | {path} | the step waited {self.clock.save_seconds:.2f} s", flush=True)
 
     def save_now(self) -> None:

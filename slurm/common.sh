@@ -134,6 +134,11 @@ check_health() {
 }
 
 train() {
+    local told
+    # srun knows the highest code of the nodes: 76 of those that lost the one that knew better
+    told=$(dirname "$run")/.exit-$job
+    rm -f "$told"
+    export HOLA_EXIT_FILE=$told
     # --wait: once one node has ended, ranks that hang on their way out do not hold the job for ever
     "${one_a_node[@]}" --wait=120 ${HOLA_SRUN[@]+"${HOLA_SRUN[@]}"} "${python[@]}" -m hola_megatron.launch \
         --nnodes="$SLURM_JOB_NUM_NODES" --nproc-per-node="$ranks" \
@@ -143,6 +148,8 @@ train() {
     [ -z "$signalled" ] || insist
     wait_for "$srun_pid"
     code=$?
+    [ "$code" -ne 76 ] || [ ! -s "$told" ] || read -r code <"$told"
+    rm -f "$told"
     [ -z "$insisting" ] || kill "$insisting" 2>/dev/null
 }
 

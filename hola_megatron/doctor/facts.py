@@ -95,7 +95,7 @@ def _apex_optimizers() -> bool | None:
 
 
 def _load_errors(packages: dict[str, str]) -> dict[str, str]:
-    """Why an installed Transformer Engine cannot be imported: Megatron would do without it and say nothing."""
+    """Why an installed Transformer Engine cannot be imported: Megatron says nothing and does without it, or fails."""
     if "transformer-engine" not in packages:
         return {}
     try:

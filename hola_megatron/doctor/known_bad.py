@@ -51,8 +51,10 @@ def engine_does_not_load(facts: Facts) -> Finding | None:
     error = facts.load_errors.get("transformer-engine")
     if error is None:
         return None
-    return Finding("bad", "transformer-engine", f"installed, but does not load ({error}): Megatron would do without it",
-                   "see the other findings; or uninstall it, or set model.layer_spec=local")
+    missing = error.startswith("ModuleNotFoundError")  # all that megatron-core expects of a broken one
+    then = "Megatron would do without it" if missing else "megatron-core does not load beside it"
+    return Finding("bad", "transformer-engine", f"installed, but does not load ({error}): {then}",
+                   "see the other findings; or uninstall it")
 
 
 def engine_and_cublas(facts: Facts) -> Finding | None:
@@ -177,7 +179,7 @@ def two_cudnn(facts: Facts) -> Finding | None:
     if error is None:
         return None
     return Finding("note", "cudnn", f"torch cannot use its cuDNN beside the one that is loaded already ({error}); "
-                   "nothing here asks torch for cuDNN, other programs of this installation may",
+                   "here only softmax attention may ask torch for it",
                    "let the loader find torch's own first (LD_LIBRARY_PATH), or remove the system's")
 
 

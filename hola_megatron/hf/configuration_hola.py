@@ -6,6 +6,8 @@ from typing import Any
 
 from transformers import PretrainedConfig
 
+STEP_WIDTHS, STEP_TAPS = (16, 32, 64, 128, 256), 4  # what the kernels of a decoded token take
+
 
 class HolaConfig(PretrainedConfig):
     """Shape of the network, as in a recipe's model section.
@@ -82,6 +84,11 @@ class HolaConfig(PretrainedConfig):
             return "the memory of A layers grows with every token, and a recording has fixed sizes"
         if "H" in self.layer_kinds and self.cache_score not in ("betae", "e", "betav"):
             return f"cache_score {self.cache_score!r} is not one of betae, e, betav"
+        for name in ("key_dim", "value_dim"):
+            if getattr(self, name) not in STEP_WIDTHS:
+                return f"{name} {getattr(self, name)} is none of {', '.join(map(str, STEP_WIDTHS))}"
+        if self.conv_width > STEP_TAPS:
+            return f"conv_width {self.conv_width} is over {STEP_TAPS}"
         return None if self.backend in ("auto", "triton") else f"backend {self.backend!r} reads lengths on the host"
 
     @property

@@ -275,7 +275,8 @@ class HolaLayer(GradientCheckpointingLayer):
     def forward(self, hidden_BTD: Tensor, padding: Padding | None = None,
                 past_key_values: DeltaMemory | AttentionMemory | None = None) -> Tensor:
         """past_key_values: this layer's memory, by the name that gradient checkpointing knows and leaves out."""
-        hidden_BTD = hidden_BTD + self.mixer(self.mixer_norm(hidden_BTD), padding, past_key_values)
+        with torch.cuda.device_of(hidden_BTD):  # Triton launches on the current GPU, wherever a model's layers lie
+            hidden_BTD = hidden_BTD + self.mixer(self.mixer_norm(hidden_BTD), padding, past_key_values)
         return hidden_BTD + self.mlp(self.mlp_norm(hidden_BTD))
 
 
@@ -355,9 +356,13 @@ class HolaModel(HolaPreTrainedModel):
             if cache.graph is None:
                 self.config.check_cuda_graph()  # it may have been set since
                 cache.graph = DecodingGraph()
-            states = [cache.graph(lambda x: self._through_layers(x, None, cache)[-1], hidden, cache.held())]
+            # a model that was moved or got other weights has them elsewhere
+            key = (id(self), self.embed_tokens.weight.data_ptr(), self.norm.weight.data_ptr())
+            states = [cache.graph(lambda x: self._through_layers(x, None, cache)[-1], hidden, cache.held(), key)]
         else:
             states = self._through_layers(hidden, padding, cache)
+            if cache is not None and hidden.shape[1] > 1:
+                cache.graph = None  # its memories have been replaced
         if cache is not None:
             cache.seen += hidden.shape[1]
         output = BaseModelOutputWithPast(last_hidden_state=states[-1], past_key_values=cache,
@@ -374,10 +379,13 @@ class HolaModel(HolaPreTrainedModel):
         return states
 
     def _is_recordable(self, hidden: Tensor, cache: HolaCache | None) -> bool:
-        """Whether this is one token of every sequence, after others, on a GPU, with config.cuda_graph."""
+        """Whether this is one token of every sequence, after others, on a GPU, with config.cuda_graph.
+
+        Not under autocast, whose copies of the weights are gone when it ends.
+        """
         return (self.config.cuda_graph and hidden.is_cuda and hidden.shape[1] == 1 and cache is not None
                 and all(layer.is_initialized for layer in cache.layers) and not torch.is_grad_enabled()
-                and not torch.cuda.is_current_stream_capturing())
+                and not torch.is_autocast_enabled("cuda") and not torch.cuda.is_current_stream_capturing())
 
     def _cache(self, given: Any, use_cache: bool | None) -> HolaCache | None:
         if use_cache is None:

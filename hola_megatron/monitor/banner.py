@@ -16,6 +16,7 @@ from hola_megatron.model.flops import flops_per_token, matmul_parameters, peak_f
 from hola_megatron.monitor.console import code_version, device_name, short
 from hola_megatron.parallel.groups import Layout
 from hola_megatron.plan.parameters import parameters_by_part
+from hola_megatron.recipe_checks import KERNEL_WIDTHS
 
 
 def print_banner(recipe: Recipe, layout: Layout, engine: Engine, mixture: Mixture,
@@ -47,13 +48,22 @@ def print_banner(recipe: Recipe, layout: Layout, engine: Engine, mixture: Mixtur
                  f"({tokens / max(data_size, 1):.2f} epochs)",
         "data": f"{', '.join(d.path for d in mixture.datasets)}: {short(data_size)} tokens, fingerprint "
                 f"{mixture.fingerprint[:12]}, documents {recipe.data.documents}",
-        "kernels": f"{kernels} ({why})",
+        "kernels": f"{kernels} ({why})" + _state_elsewhere(recipe, kernels),
         "layers": f"{spec} ({spec_why}); {_products(recipe)}; optimizer {engine.adam}",
         **({"graph": graph} if (graph := engine.describe_graph()) else {}),
         "device": f"{device_name(layout.device)}, " + (
             f"peak {peak / 1e12:.0f} TFLOP/s" if peak else "no peak known: MFU is not shown (log.peak_tflops sets it)"),
     }
     print("\n".join(f"{name:>8}  {text}" for name, text in lines.items()), flush=True)
+
+
+def _state_elsewhere(recipe: Recipe, kernels: str) -> str:
+    """Widths that the state's Triton kernels do not take, which "auto" then gives to torch."""
+    model = recipe.model
+    odd = [width for width in (model.key_dim, model.value_dim) if width not in KERNEL_WIDTHS]
+    if kernels != "triton" or not odd or not set(model.layer_kinds) & set("HG"):
+        return ""
+    return f"; the state by torch: heads of {odd[0]}, the kernels take {', '.join(map(str, KERNEL_WIDTHS))}"
 
 
 def _products(recipe: Recipe) -> str:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from hola_kernels import cache_ages, gated_delta_rule, read_mass
 from hola_megatron.model.mixer import DeltaMixer
 from hola_megatron.parallel.context import OverRanks, scores_and_memory, split_read
+from hola_megatron.parallel.groups import Layout
 
 FIELDS = ("cached", "block", "sink", "gate", "score_median", "score_p99", "decay_median", "decay_p01",
           "age_median", "age_p90")
@@ -37,6 +38,17 @@ def watch(model_chunks: list[nn.Module]) -> Iterator[dict[int, dict[str, float]]
     finally:
         for mixer in mixers:
             mixer.observer = None
+
+
+def of_all_stages(found: dict[int, dict[str, float]], layout: Layout) -> dict[int, dict[str, float]]:
+    """All layers of the model from those of each pipeline stage. A collective over the pipeline's ranks."""
+    if layout.pipeline == 1:
+        return found
+    from megatron.core import parallel_state
+
+    stages: list[dict[int, dict[str, float]]] = [{}] * layout.pipeline
+    dist.all_gather_object(stages, found, group=parallel_state.get_pipeline_model_parallel_group())
+    return dict(sorted((layer, values) for stage in stages for layer, values in stage.items()))
 
 
 @torch.no_grad()

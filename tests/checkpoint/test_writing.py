@@ -108,6 +108,18 @@ def test_unhealthy_checkpoints_do_not_push_out_healthy_ones(tmp_path):
     assert newest_usable(tmp_path)[0].step == 4 and newest_usable(tmp_path, healthy=True)[0].step == 2
 
 
+def test_a_damaged_checkpoint_does_not_push_out_a_whole_one(tmp_path):
+    for step in (1, 2, 3):
+        folder = start_writing(tmp_path, step)
+        for rank in range(RANKS):
+            write_rank(held(step, rank), rank, folder)
+        path = put_together(folder, RANKS, {"format": FORMAT, "step": step, "healthy": step != 3}, lambda: False)
+        if step == 2:
+            next(path.glob("*.safetensors")).write_bytes(b"")
+        retire(tmp_path, 1, None)
+    assert newest_usable(tmp_path, healthy=True)[0].step == 1
+
+
 def test_training_goes_on_while_it_is_written(tmp_path):
     """The writing thread gives the interpreter away: this thread counts on."""
     big = Held({"weights-00000.safetensors": {"w": torch.zeros(1 << 26)}}, {"weight": {}})  # 256 MiB

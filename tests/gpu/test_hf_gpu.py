@@ -114,10 +114,31 @@ def test_generation_with_a_graph(options):
 
 
 @torch.no_grad()
-def test_a_graph_is_refused_where_the_kernels_are():
-    _, lm = twins("H", conv_width=5)
-    with pytest.raises(KernelError, match="at most 4 taps"):
-        lm(tokens(1, 1, 512).cuda(), past_key_values=lm(tokens(1, 9, 512).cuda(), use_cache=True).past_key_values)
+def test_what_a_recording_was_made_of_may_change():
+    """A batch of another size, a model that was moved, autocast, inference mode: as without, and then recorded anew."""
+    plain, recorded = twins("H")
+    x, have = tokens(3, 200, 512).cuda(), ([], [])
+    for lm, parts in zip((recorded, plain), have, strict=True):
+        cache = lm(x[:, :50], use_cache=True).past_key_values
+
+        def go(start: int, end: int, lm=lm, cache=cache, parts=parts) -> None:
+            parts.extend(lm(x[:, t: t + 1], past_key_values=cache).logits.clone() for t in range(start, end))
+
+        go(50, 60)
+        with torch.autocast("cuda", torch.bfloat16):
+            go(60, 65)
+        go(65, 70)
+        with torch.inference_mode():
+            go(70, 80)
+        go(80, 90)
+        lm.cpu()
+        held = torch.empty(1 << 22, device="cuda")  # takes the weights' old place
+        lm.cuda()
+        go(90, 120)
+        with pytest.raises(KernelError):
+            lm(x[:1, 120:121], past_key_values=cache)
+        del held
+    assert all(torch.equal(a, b) for a, b in zip(*have, strict=True))
 
 
 @torch.no_grad()

@@ -220,12 +220,13 @@ def test_wrong_inputs_are_named():
 def test_cuda_graph_changes_nothing_without_a_gpu_and_is_refused_where_it_cannot_be(tmp_path):
     x, found = tokens(2, 30), []
     for cuda_graph in (False, True):
-        lm = model("HG", cuda_graph=cuda_graph)
+        lm = model("HG", cuda_graph=cuda_graph, key_dim=16)
         cache = lm(x[:, :9]).past_key_values
         found.append(torch.cat([lm(x[:, t: t + 1], past_key_values=cache).logits for t in range(9, 30)], 1))
     assert torch.equal(*found) and cache.graph is None
     refused = (({"layer_pattern": "HA"}, "memory of A layers grows"), ({"backend": "torch"}, "backend 'torch'"),
-               ({"cache_score": "recency"}, "cache_score 'recency' is not one of betae, e, betav"))
+               ({"cache_score": "recency"}, "cache_score 'recency' is not one of betae, e, betav"),
+               ({"value_dim": 512}, "value_dim 512 is none of 16, 32"), ({"conv_width": 5}, "conv_width 5 is over 4"))
     for wrong, why in refused:
         with pytest.raises(ValueError, match=f"cuda_graph: .*{why}.*; leave it off"):
             HolaConfig(cuda_graph=True, **wrong)

@@ -156,6 +156,8 @@ def test_number_of_processes_must_fit():
 
 @pytest.mark.parametrize(("text", "said"), [
     ("a: [", "not valid YAML"), ("- 1", "a recipe is a mapping"), ("base: nothing.yaml\nname: x", "no such recipe"),
+    ("name: a\ntrain:\n  steps: 1\n  steps: 2", "line 4: steps is given twice; keep one"),
+    ("train: {steps: 1}\nname: a\ntrain: {}", "line 3: train is given twice; keep one"),
     ("base: self.yaml", "leads back to itself"), ("base: 3", "must be the file name")])
 def test_files_that_are_no_recipe(text, said, tmp_path):
     (tmp_path / "self.yaml").write_text(text)

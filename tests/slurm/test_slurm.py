@@ -121,6 +121,8 @@ def jobs(submit) -> dict[str, Job]:
         # one rank on each of two nodes, so that a run has a rendezvous between nodes
         "preempted": submit("preempted", "--new", options=("--nodes=2",), ranks=1),
         "bad": submit("bad", "train.stpes=3", by_itself=True),
+        # found by rank 0 alone, once all have begun; the other node loses it
+        "one_rank": submit("one_rank", "log.wandb_project=x", options=("--nodes=2",), ranks=1),
         "full": submit("full", HOLA_MIN_FREE_GB="1000000000"),
         "no_gpu": submit("no_gpu", ranks=999, DEVICE="cuda"),
     }
@@ -194,6 +196,13 @@ def test_a_bad_recipe_is_code_2_and_not_queued_again(jobs):
     said = jobs["bad"].said()
     assert "train.stpes: no such key (did you mean train.steps?)" in said
     assert "slurm | code 2: the recipe cannot be used (see above); not queued again" in said
+
+
+def test_what_one_node_finds_decides_and_not_what_the_others_lose(jobs):
+    assert jobs["one_rank"].wait_for_end() == "2:0", jobs["one_rank"].said()
+    assert jobs["one_rank"].field("Restarts") == "0"
+    assert "log.wandb_project: needs the package wandb" in jobs["one_rank"].said(), jobs["one_rank"].said()
+    assert not list(jobs["one_rank"].run.parent.glob(".exit-*"))
 
 
 @pytest.mark.parametrize(("name", "problem"), [

@@ -133,3 +133,14 @@ def test_nothing_is_unpickled_and_no_foreign_code_is_run():
             text = path.read_text().replace(".eval(", "").replace("_eval(", "")
             found += [(path.name, word) for word in forbidden if word in text]
     assert set(found) <= allowed, set(found) - allowed
+
+
+def test_a_run_that_lost_its_checkpoints_is_not_begun_again(copy, capsys):
+    before = (copy / "run/metrics.jsonl").read_bytes()
+    (copy / "run/checkpoints").rename(copy / "elsewhere")
+    done = run_main([str(copy / "recipe.yaml")], capsys)
+    assert done.code == 2 and "this run has made checkpoints (checkpointed), and there are none" in done.output
+    assert (copy / "run/metrics.jsonl").read_bytes() == before
+    (copy / "run/checkpointed").unlink()  # as if stopped before the first was made
+    done = run_main([str(copy / "recipe.yaml")], capsys)
+    assert done.code == 0 and "(new run)" in done.output
