@@ -300,11 +300,34 @@ def build_recipe(values: dict[str, Any], problems: list[str] | None = None) -> R
         problems += [p for p in map(_describe, error.errors()) if p]
     except TypeError as error:
         problems.append(f"recipe: holds a value that is not plain YAML ({error})")
-    if recipe is not None:
-        problems += check_recipe(recipe)
+    problems += check_recipe(recipe) if recipe is not None else _problems_beside(values)
     if problems:
         raise RecipeError(problems)
     return recipe
+
+
+def _problems_beside(values: dict[str, Any]) -> list[str]:
+    """What does not go together in a recipe, but for what a wrong key or value has a part in."""
+    values, wrong = _merge(values, {}), []
+    for _ in range(2):  # what was wrong may have hidden more
+        try:
+            recipe = TypeAdapter(Recipe).validate_json(json.dumps(values), strict=True)
+        except ValidationError as error:
+            for loc in {tuple(part for part in e["loc"] if not _is_union_tag(part)) for e in error.errors()}:
+                wrong.append(".".join(map(str, loc)))
+                _drop(values, loc)
+        except TypeError:
+            return []
+        else:
+            return [problem for problem in check_recipe(recipe) if not any(path in problem for path in wrong)]
+    return []
+
+
+def _drop(at: Any, path: tuple[Any, ...]) -> None:
+    for part in path[:-1]:
+        at = at[part] if isinstance(at, list) or part in at else {}
+    if isinstance(at, dict) and path:
+        at.pop(path[-1], None)
 
 
 class _Loader(yaml.SafeLoader):

@@ -56,8 +56,8 @@ def test_the_panel_has_a_column_for_every_field():
 @pytest.mark.distributed
 def test_the_layers_of_all_pipeline_stages_are_shown(text_data, tmp_path):
     recipe = write_recipe(tmp_path / "recipe.yaml", text_data / "train", run_dir=str(tmp_path / "run"), train__steps=1,
-                          train__warmup_steps=0, data__valid=str(text_data / "valid"), model__pattern="HGHH", model__layers=4,
-                          parallel={"pipeline": 2}, valid={"every": 1, "samples": 8})
+                          train__warmup_steps=0, data__valid=str(text_data / "valid"), model__pattern="HGHH",
+                          model__layers=4, parallel={"pipeline": 2}, valid={"every": 1, "samples": 8})
     done = run_ranks([str(recipe)], tmp_path / "log.txt", ranks=2)
     assert done.code == 0, done.output[-3000:]
     assert [len(metric_rows(tmp_path / "run", f"memory/layer{n}")) for n in (1, 2, 3, 4, 5)] == [1, 0, 1, 1, 0]

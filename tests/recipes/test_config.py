@@ -105,6 +105,14 @@ def test_all_problems_come_at_once():
         assert part in text
 
 
+def test_what_does_not_go_together_comes_with_them():
+    problems = refused("train.leaning_rate=1", "parallel.tensor=4", "train.min_learning_rate=1.0", "train.beta1=2")
+    assert [problem.split(":")[0] for problem in problems] == [
+        "train.leaning_rate", "train.beta1", "model.heads", "train.min_learning_rate"], problems
+    # the learning rate is not what the recipe says, so nothing is said of what goes with it
+    assert len(refused("train.learning_rate=none", "train.min_learning_rate=1.0")) == 1
+
+
 @pytest.mark.parametrize(("override", "path"), [
     ("model.layers=true", "model.layers"), ("model.layers=2.5", "model.layers"), ("model.pattern=HX", "model.pattern"),
     ("train.beta2=1.0", "train.beta2"), ("parallel.sequence=1", "parallel.sequence"), ("name=a/b", "name"),
