@@ -35,6 +35,8 @@ def print_banner(recipe: Recipe, layout: Layout, engine: Engine, mixture: Mixtur
         else "new run"
     lines = {
         "run": f"{recipe.folder}  ({begin})",
+        "recipe": f"{recipe.folder / 'recipe.yaml'} has every field; learning rate {train.learning_rate:g}, seed "
+                  f"{train.seed}",
         "code": f"{code_version()}, torch {torch.__version__}, python {sys.version.split()[0]}",
         "model": f"{recipe.name}: {model.layers} layers {_runs(model.layer_kinds)}, width {model.hidden_size}; "
                  f"{short(matmul_parameters(model))} matmul parameters",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import resource
 import shutil
 import signal
@@ -12,7 +13,7 @@ from pathlib import Path
 import pytest
 from helpers import ROOT, metric_rows, run_main, write_recipe
 
-from hola_megatron.checkpoint.folder import newest_usable
+from hola_megatron.checkpoint.folder import newest_usable, open_checkpoint
 from hola_megatron.config import load_recipe
 from hola_megatron.trainer import train
 
@@ -144,3 +145,22 @@ def test_a_run_that_lost_its_checkpoints_is_not_begun_again(copy, capsys):
     (copy / "run/checkpointed").unlink()  # as if stopped before the first was made
     done = run_main([str(copy / "recipe.yaml")], capsys)
     assert done.code == 0 and "(new run)" in done.output
+
+
+def test_what_a_resumed_run_knows_and_says_is_the_whole_one_s(copy, text_data, tmp_path, capsys):
+    """The guard's history, the place in the data, the banner, the step line."""
+    (tmp_path / "whole").mkdir()
+    whole = run_main([str(recipe_in(tmp_path / "whole", text_data, 6))], capsys)
+    again = run_main([str(copy / "recipe.yaml"), "--allow-change"], capsys)
+    assert whole.code == again.code == 0, again.output
+    want, have = (open_checkpoint(run / "run/checkpoints/step_00000006").manifest["trainer"]
+                  for run in (tmp_path / "whole", copy))
+    assert have == want and have["guard"] and have["step"] == 6
+    assert re.search(r"^ +run  .*\(resuming at step 4 \(\S+ tokens\)\)$", again.output, re.MULTILINE)
+    for said in (whole.output, again.output):
+        for name in ("run", "recipe", "code", "model", "weights", "flops", "layout", "steps", "data", "kernels",
+                     "layers", "device"):
+            assert re.search(rf"^ *{name}  \S", said, re.MULTILINE), name
+        assert re.search(r"^step 6/6 100\.0% \| loss \d\.\d+ \| gnorm \d+\.\d+ \| lr \S+ \| \S+ tok/s \| MFU \S+ \| "
+                         r"mem \d+\.\d/\d+ GB \| eta \S+$", said, re.MULTILINE)
+    assert (copy / "run/loss.png").exists()
