@@ -121,7 +121,7 @@ class HolaLayer(torch.autograd.Function):
         read = begin_split_read(
             q_MHK=stream.lay(q), k_RHK=k_LHK, v_RHV=v_LHV, gamma_q=gamma_q, gamma_k=gamma_k, sink_H=sink,
             key_norm_RH=stream.lay(launch_inverse_norms(x_MHD=k, mean=mean), behind=True), units=blocks.units,
-            mean=mean, tile=read_config(k.shape[-1], v.shape[-1], k.dtype, k.device).forward, opened=stream.opened,
+            mean=mean, tile=read_config(k.shape[-1], v.shape[-1], k.dtype).forward, opened=stream.opened,
             opened_segments=stream.rows)
         under_maps, under_open, under_shards = read.runs(SHARES)
         launch_read_own(read, under_maps)
