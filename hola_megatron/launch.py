@@ -112,7 +112,7 @@ def launch(argv: list[str]) -> int:
         rank, failure = error.get_first_failure()
         code = _code_of(rank, failure.exitcode, stop)
         if code in NO_RESTART and "HOLA_EXIT_FILE" in os.environ:
-            Path(os.environ["HOLA_EXIT_FILE"]).write_text(f"{code}\n")
+            _tell(Path(os.environ["HOLA_EXIT_FILE"]), code)
         return code
     except SignalException as error:
         return 128 + int(error.sigval)
@@ -123,6 +123,13 @@ def launch(argv: list[str]) -> int:
               "them said", file=sys.stderr)
         return 1
     return 0
+
+
+def _tell(file: Path, code: int) -> None:
+    try:
+        file.write_text(f"{code}\n")
+    except OSError as error:  # the code itself must not be lost
+        print(f"launch: HOLA_EXIT_FILE: {file} cannot be written ({error})", file=sys.stderr)
 
 
 def _code_of(rank: int, code: int, stop: Stop) -> int:
