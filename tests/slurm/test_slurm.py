@@ -121,11 +121,25 @@ def jobs(submit) -> dict[str, Job]:
         # one rank on each of two nodes, so that a run has a rendezvous between nodes
         "preempted": submit("preempted", "--new", options=("--nodes=2",), ranks=1),
         "bad": submit("bad", "train.stpes=3", by_itself=True),
-        # found by rank 0 alone, once all have begun; the other node loses it
-        "one_rank": submit("one_rank", "log.wandb_project=x", options=("--nodes=2",), ranks=1),
+        "one_rank": submit("one_rank", options=("--nodes=2",), ranks=1, HOLA_SITE=str(two_codes(submit))),
         "full": submit("full", HOLA_MIN_FREE_GB="1000000000"),
         "no_gpu": submit("no_gpu", ranks=999, DEVICE="cuda"),
     }
+
+
+def two_codes(submit: Submitter) -> Path:
+    """A site whose second node's launcher meets bad data, and whose first one says, as it would, that it lost it."""
+    python, site = submit.folder / "python", submit.folder / "two_codes.sh"
+    python.write_text(f"""#!/bin/bash
+if [[ " $* " == *" hola_megatron.launch "* ]]; then
+    [ "$SLURM_PROCID" = 0 ] && sleep 3 && exit 76
+    exec {sys.executable} -m hola_megatron.launch --nproc-per-node 1 --no-python bash -c 'exit 3'
+fi
+exec {sys.executable} "$@"
+""")
+    python.chmod(0o755)
+    site.write_text(submit.site.read_text() + f"HOLA_PYTHON={python}\n")
+    return site
 
 
 @pytest.fixture(scope="module")
@@ -199,9 +213,9 @@ def test_a_bad_recipe_is_code_2_and_not_queued_again(jobs):
 
 
 def test_what_one_node_finds_decides_and_not_what_the_others_lose(jobs):
-    assert jobs["one_rank"].wait_for_end() == "2:0", jobs["one_rank"].said()
+    assert jobs["one_rank"].wait_for_end() == "3:0", jobs["one_rank"].said()
     assert jobs["one_rank"].field("Restarts") == "0"
-    assert "log.wandb_project: needs the package wandb" in jobs["one_rank"].said(), jobs["one_rank"].said()
+    assert "slurm | code 3: the data cannot be used" in jobs["one_rank"].said(), jobs["one_rank"].said()
     assert not list(jobs["one_rank"].run.parent.glob(".exit-*"))
 
 
