@@ -176,7 +176,7 @@ class Run:
             totals[1] += tokens
         loss = totals[0] / max(totals[1], 1)
         if recipe.log.memory_health:
-            health = memory_health.of_all_stages(health, self.layout)
+            health = memory_health.of_all_ranks(health, self.layout)
         if self.layout.is_main:
             self.metrics.write({"step": self.state.step, "kind": "valid", "loss": finite(loss),
                                 "perplexity": finite(math.exp(min(loss, 50))), "tokens": totals[1]})

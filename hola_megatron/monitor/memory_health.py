@@ -11,6 +11,7 @@ from contextlib import contextmanager
 
 import torch
 import torch.distributed as dist
+from megatron.core import parallel_state
 from torch import Tensor, nn
 
 from hola_kernels import cache_ages, gated_delta_rule, read_mass
@@ -24,7 +25,7 @@ FIELDS = ("cached", "block", "sink", "gate", "score_median", "score_p99", "decay
 
 @contextmanager
 def watch(model_chunks: list[nn.Module]) -> Iterator[dict[int, dict[str, float]]]:
-    """While open, every forward pass fills {layer: {field: value}} from this rank's heads.
+    """While open, every forward pass fills {layer: {field: value}} from this rank's heads (`of_all_ranks` joins them).
 
     Where a sequence is cut over ranks, all of them together: the mean of what each finds in its part.
     """
@@ -40,15 +41,24 @@ def watch(model_chunks: list[nn.Module]) -> Iterator[dict[int, dict[str, float]]
             mixer.observer = None
 
 
-def of_all_stages(found: dict[int, dict[str, float]], layout: Layout) -> dict[int, dict[str, float]]:
-    """All layers of the model from those of each pipeline stage. A collective over the pipeline's ranks."""
-    if layout.pipeline == 1:
-        return found
-    from megatron.core import parallel_state
+def of_all_ranks(found: dict[int, dict[str, float]], layout: Layout) -> dict[int, dict[str, float]]:
+    """All layers and heads of the model from what each rank saw: the mean over tensor ranks, which hold as many heads
+    each, then the layers of all pipeline stages. A collective over both.
+    """
+    if layout.tensor > 1:
+        shares = _gathered(found, layout.tensor, parallel_state.get_tensor_model_parallel_group())
+        found = {layer: {name: sum(share[layer][name] for share in shares) / layout.tensor for name in values}
+                 for layer, values in found.items()}
+    if layout.pipeline > 1:
+        stages = _gathered(found, layout.pipeline, parallel_state.get_pipeline_model_parallel_group())
+        found = dict(sorted((layer, values) for stage in stages for layer, values in stage.items()))
+    return found
 
-    stages: list[dict[int, dict[str, float]]] = [{}] * layout.pipeline
-    dist.all_gather_object(stages, found, group=parallel_state.get_pipeline_model_parallel_group())
-    return dict(sorted((layer, values) for stage in stages for layer, values in stage.items()))
+
+def _gathered(found: dict[int, dict[str, float]], size: int, group: dist.ProcessGroup) -> list[dict]:
+    shares: list[dict[int, dict[str, float]]] = [{}] * size
+    dist.all_gather_object(shares, found, group=group)
+    return shares
 
 
 @torch.no_grad()

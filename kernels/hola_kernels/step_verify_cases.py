@@ -25,7 +25,7 @@ TOKENS = ("q", "k", "v", "log_decay", "beta")
 OPTIONS: dict[str, dict[str, Any]] = {
     "betae": {}, "e, l2, no sink": {"score": "e", "read_norm": "l2", "sink": False}, "betav": {"score": "betav"},
     "recency": {"score": "recency"}, "few slots": {"slots": 5}}
-CHOSEN = [*(("bfloat16", width, width, "betae") for width in (64, 128, 256)), ("bfloat16", 128, 256, "betae"),
+CHOSEN = [*(("bfloat16", width, width, "betae") for width in (16, 32, 64, 128, 256)), ("bfloat16", 128, 256, "betae"),
           *(("float32", 64, 64, option) for option in OPTIONS), ("float16", 256, 256, "betav")]
 
 

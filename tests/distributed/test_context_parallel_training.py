@@ -96,9 +96,8 @@ def test_the_program_validates_and_looks_at_the_memory_alike(folder):
     assert have["loss"] == pytest.approx(want["loss"], rel=1e-5) and have["tokens"] == want["tokens"]
     for layer in (1, 3):
         (want,), (have,) = (metric_rows(folder / f"run{ranks}", f"memory/layer{layer}") for ranks in (1, 4))
-        # of the first tensor rank's heads there, of all heads here
-        for field in ("cached", "block", "sink"):
-            assert have[field] == pytest.approx(want[field], abs=0.05), (layer, field)
+        for field in ("cached", "block", "sink", "gate"):
+            assert have[field] == pytest.approx(want[field], rel=1e-3), (layer, field)
         assert have["cached"] > 0.01
     assert "sample | " in log_of(folder, 4, 0).read_text()
 

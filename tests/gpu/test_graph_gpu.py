@@ -115,11 +115,14 @@ def test_it_is_near_a_step_without_one():
 
 
 @pytest.mark.parametrize("parallel", [
-    {"tensor": 2, "sequence": True}, {}, {"distributed_optimizer": False}, {"overlap": False}], ids=str)
+    {"tensor": 2, "sequence": True}, {"tensor": 2, "recompute": "full"}, {}, {"distributed_optimizer": False},
+    {"overlap": False}], ids=str)
 def test_two_gpus(parallel):
     if torch.cuda.device_count() < 2:
         pytest.skip("one GPU")
-    changes = {"parallel": parallel, "train": {"global_batch_size": 12 if "tensor" in parallel else 24}}
+    layout = {name: value for name, value in parallel.items() if name != "recompute"}
+    changes = {"parallel": layout, "train": {"global_batch_size": 12 if "tensor" in parallel else 24,
+                                             "recompute": parallel.get("recompute", "none")}}
     want, _ = run("plain", 2, **changes)
     have, recorded = run("graph", 2, **changes)
     assert have == want and recorded == [0, 7]

@@ -20,7 +20,7 @@ NAMES = ("q", "k", "v", "gamma_q", "gamma_k", "sink", "gate", "o_state")
 LIMITS = {"float32": {"o": 1e-5, "gradient": 1e-4}, "bfloat16": {"o": 5e-3, "gradient": 8e-3},
           "float16": {"o": 1e-3, "gradient": 2e-3}}
 PACKED = (0, 0, 1, 64, 65, 700, 700, 1723)
-WIDTHS = ((256, 256), (128, 128), (64, 64), (128, 256), (256, 64))
+WIDTHS = ((256, 256), (128, 128), (64, 64), (128, 256), (256, 64), (32, 32), (16, 64))
 
 
 def cases() -> list[tuple[str, Callable[[], dict[str, float]]]]:
@@ -38,7 +38,7 @@ def cases() -> list[tuple[str, Callable[[], dict[str, float]]]]:
                           dtype=d, key=k, value=v, cuts=(0, 300, 301, 301, 365, 1723), late=n, sink=s))
                      for late, sink in ((0, True), (100, True), (255, False))]
         made.append((f"{word} exact read with an incoming memory", lambda d=dtype: measure_pieces(dtype=d)))
-    for length in (1, 63, 255, 257, 1000, 6000):
+    for length in (1, 63, 64, 65, 255, 256, 257, 500, 1000, 6000):
         made.append((f"bfloat16 exact read K=128 V=128 T={length}",
                      lambda n=length: measure_read(dtype=torch.bfloat16, key=128, value=128, lengths=[n])))
     made.append(("float32 selection", measure_selection))
