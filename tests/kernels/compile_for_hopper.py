@@ -24,6 +24,7 @@ from triton.runtime.jit import JITFunction
 
 from hola_kernels import backend, gated_rms_norm, hola_attention, hola_attention_step, short_conv, short_conv_step
 from hola_kernels.cross_entropy import cross_entropy_
+from hola_kernels.gated_delta import triton_rule
 from hola_kernels.gates import decay_and_strength
 from hola_kernels.rms_norm import rms_norm
 from hola_kernels.state import HolaState
@@ -49,6 +50,14 @@ class NoGpu:
 def attention(dtype: torch.dtype, width: int) -> None:
     x = attention_inputs(1, 512, 2, width, width, dtype, 0, "cpu")
     y = hola_attention(**x, backend="triton", cu_seqlens=torch.tensor([0, 100, 512]))
+    torch.autograd.grad(y, list(x.values()), torch.ones_like(y))
+
+
+def long(dtype: torch.dtype, width: int) -> None:
+    """One sequence in spans side by side, and tokens that stay cached over many blocks."""
+    triton_rule.span_chunks = lambda *_: 20
+    x = attention_inputs(1, 5000, 1, width, width, dtype, 0, "cpu")
+    y = hola_attention(**x, backend="triton", cu_seqlens=torch.tensor([0, 5000]))
     torch.autograd.grad(y, list(x.values()), torch.ones_like(y))
 
 
@@ -101,7 +110,7 @@ def main() -> None:
     JITFunction.run = compile_only
     backend.triton_problem = lambda _: None
     torch.manual_seed(0)
-    {"attention": attention, "step": step, "around": around}[asked["operation"]](
+    {"attention": attention, "long": long, "step": step, "around": around}[asked["operation"]](
         getattr(torch, asked["dtype"]), asked["width"])
     print(json.dumps({f"{kernel.metadata.name} {key[:6]}": needs(kernel) for key, kernel in compiled.items()}))
 
