@@ -12,8 +12,10 @@ from __future__ import annotations
 
 import hashlib
 import math
+import os
 import re
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import torch
@@ -156,11 +158,19 @@ def initialize(model_chunks: list[nn.Module], config: ModelConfig, seed: int, te
     """Give every parameter its start value.
 
     Each logical tensor is drawn whole from a generator seeded by (seed, public name), so the
-    start is the same at any parallel layout. Source: method, "Initialisation as in GDN".
+    start is the same at any parallel layout. Source: method, "Initialisation as in GDN". Drawn by several threads: one
+    draws 130 million numbers a second, and every tensor has its own generator.
     """
-    for piece in pieces(model_chunks, tensor_rank, tensor):
-        whole = _start_value(piece, config, seed)
-        piece.of(piece.parameter.data).copy_(piece.cut(whole))
+    def draw(piece: Piece) -> None:
+        piece.of(piece.parameter.data).copy_(piece.cut(_start_value(piece, config, seed)))
+
+    with ThreadPoolExecutor(_threads()) as pool:
+        list(pool.map(draw, pieces(model_chunks, tensor_rank, tensor)))  # raises what a thread raised
+
+
+def _threads() -> int:
+    """This rank's share of the cores, at most 8: each holds a whole tensor in float32."""
+    return max(1, min(8, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
 
 
 def _start_value(piece: Piece, config: ModelConfig, seed: int) -> Tensor:
