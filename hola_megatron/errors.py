@@ -7,10 +7,12 @@ user error or calls `sys.exit`.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import sys
-from collections.abc import Callable
+import traceback
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 EXIT_OK = 0
@@ -61,6 +63,12 @@ class DivergedError(UserError):
     exit_code = EXIT_DIVERGED
 
 
+class InstallError(UserError):
+    """A package is installed and does not load."""
+
+    exit_code = EXIT_RECIPE
+
+
 class LostError(UserError):
     """A rank died or hangs: not the recipe's fault, the same command goes on from the newest checkpoint."""
 
@@ -92,10 +100,25 @@ def _first_to_say(text: str) -> bool:
     return True
 
 
+@contextlib.contextmanager
+def _broken_packages_named() -> Iterator[None]:
+    """Megatron imports Transformer Engine where it is installed; one whose libraries are missing ends with OSError."""
+    try:
+        yield
+    except OSError as error:
+        modules = [frame.f_globals.get("__name__", "") for frame, _ in traceback.walk_tb(error.__traceback__)]
+        # a module whose import failed is in no table of modules
+        if not any(name.startswith("transformer_engine") and name not in sys.modules for name in modules):
+            raise
+        raise InstallError(f"transformer-engine: is installed and does not load ({str(error).splitlines()[0][:200]}); "
+                           "repair or uninstall it, tools/doctor.py tells more") from None
+
+
 def run_cli(main: Callable[[], int | None]) -> None:
     """Run `main` and exit with its code; a `UserError` becomes its message on stderr, no traceback."""
     try:
-        code = main() or EXIT_OK
+        with _broken_packages_named():
+            code = main() or EXIT_OK
     except UserError as error:
         sys.stdout.flush()
         text = "".join(f"{type(error).__name__}: {line}\n" for line in str(error).splitlines())

@@ -26,10 +26,11 @@ def check_recipe(recipe: Recipe, world_size: int | None = None) -> list[str]:
 
 def missing_packages(recipe: Recipe) -> list[str]:
     """Packages that this recipe needs and this Python lacks."""
-    if recipe.engine == "deepspeed" and importlib.util.find_spec("deepspeed") is None:
-        return ["engine: deepspeed needs the package deepspeed, which is not installed; install it (pip install -e "
-                "'.[deepspeed]'), or set engine=megatron"]
-    return []
+    needed = [("engine: deepspeed", "deepspeed", recipe.engine == "deepspeed", "engine=megatron"),
+              ("log.wandb_project:", "wandb", recipe.log.wandb_project is not None, "log.wandb_project=null")]
+    return [f"{what} needs the package {package}, which is not installed; install it (pip install -e '.[{package}]'), "
+            f"or set {otherwise}"
+            for what, package, asked, otherwise in needed if asked and importlib.util.find_spec(package) is None]
 
 
 def _must_divide(path: str, value: int, by: int, reason: str) -> Iterator[str]:

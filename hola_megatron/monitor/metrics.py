@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from hola_megatron.config import Recipe
-from hola_megatron.errors import RecipeError, RunFolderError
+from hola_megatron.errors import RunFolderError
 
 
 class Metrics:
@@ -105,11 +105,8 @@ def _open_tensorboard(folder: Path, from_step: int) -> Any:
 
 
 def _open_wandb(recipe: Recipe, folder: Path) -> Any:
-    try:
-        import wandb
-    except ImportError:
-        raise RecipeError("log.wandb_project: needs the package wandb; install hola-megatron[wandb] or set it to null"
-                          ) from None
+    import wandb  # `missing_packages` has looked for it
+
     name = folder / "wandb_id.txt"
     if not name.exists():
         name.write_text(secrets.token_hex(4))

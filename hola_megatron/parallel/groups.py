@@ -76,7 +76,7 @@ def start(recipe: Recipe) -> Layout:
             pipeline_model_parallel_size=recipe.parallel.pipeline,
             virtual_pipeline_model_parallel_size=virtual if virtual > 1 else None,
             context_parallel_size=recipe.parallel.context, **experts, **priority,
-            distributed_timeout_minutes=max(1, round(recipe.parallel.timeout_minutes)))
+            distributed_timeout_minutes=recipe.parallel.timeout_minutes)  # of a timedelta, so it need not be whole
     # a sequence-parallel embedding takes another generator's state for its dropout, for one of 0 too; a graph allows
     # that in this form only
     in_graph = recipe.train.cuda_graph and device.type == "cuda"

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -9,7 +12,7 @@ from functools import partial
 from pathlib import Path
 
 import pytest
-from helpers import run_ranks, write_recipe
+from helpers import ROOT, run_ranks, write_recipe
 from train.faults import install_named
 from train.quick_launch import SECONDS, launch_quickly
 
@@ -99,3 +102,15 @@ def test_bad_numbers_on_one_rank_are_refused_by_all(text_data, tmp_path):
     assert done.code == 0, done.output[-3000:]
     assert done.output.count("skipped | step 3 | grad_norm nan is not finite | samples 16 to 23") == 1
     assert "gradient of model.layers.1.mlp.gate_proj.weight" in done.output
+
+
+def test_groups_wait_as_long_as_the_recipe_says_to_the_second():
+    """parallel.timeout_minutes below one was one once."""
+    program = ("import hola_megatron.quiet, torch; from hola_megatron.config import load_recipe; "
+               "from hola_megatron.parallel.groups import start; from megatron.core import parallel_state as state; "
+               "start(load_recipe('recipes/hola_tiny.yaml', ['parallel.timeout_minutes=0.25'])); "
+               "group = state.get_tensor_model_parallel_group(); "
+               "print(group._get_backend(torch.device('cpu')).options._timeout.total_seconds())")
+    said = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT, check=True,
+                          env={**os.environ, "CUDA_VISIBLE_DEVICES": ""}).stdout
+    assert said.split()[-1] == "15.0"

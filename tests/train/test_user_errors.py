@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import importlib.util
 import json
 import shutil
 from pathlib import Path
@@ -59,6 +60,23 @@ def test_errors_of_the_real_program_are_said_once_by_all_ranks_together(copy):
 def test_processes_that_do_not_fit(copy, attempt):
     code, said = attempt(copy, "parallel.tensor=2")
     assert code == 2 and "does not divide the 1 processes" in said
+
+
+@pytest.mark.skipif(importlib.util.find_spec("wandb") is not None, reason="wandb is installed")
+def test_a_log_that_needs_a_package_is_refused_before_anything_is_said(copy, attempt):
+    code, said = attempt(copy, "log.wandb_project=mine", f"run_dir={copy / 'other'}")
+    assert code == 2 and not (copy / "other").exists() and len(said.splitlines()) == 1
+    assert "log.wandb_project: needs the package wandb, which is not installed; install it" in said
+
+
+def test_a_transformer_engine_that_does_not_load_is_named(copy):
+    package = copy / "site" / "transformer_engine"
+    package.mkdir(parents=True)
+    (package / "__init__.py").write_text('raise OSError("libcudnn_graph.so.9: cannot open shared object file")')
+    done = run_program(["-m", "hola_megatron.train", str(copy / "recipe.yaml")], copy / "log.txt",
+                       environment={"PYTHONPATH": str(copy / "site")})
+    assert done.code == 2 and len(done.output.splitlines()) == 1, done.output
+    assert "transformer-engine: is installed and does not load (libcudnn_graph.so.9: cannot open" in done.output
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="says what a machine without a GPU lacks")
