@@ -19,7 +19,7 @@ from hola_megatron.data.stream import Batch, BatchLoader, Mixture, PackedDataset
 from hola_megatron.data.tokenizer import Tokenizer, load_tokenizer
 from hola_megatron.engine.base import Engine, StepResult, build_engine
 from hola_megatron.errors import CheckpointError, DataError, DivergedError, Interrupted
-from hola_megatron.model.flops import flops_per_token, peak_flops
+from hola_megatron.model.flops import executed_flops_per_token, flops_per_token, peak_flops
 from hola_megatron.monitor import console, memory_health
 from hola_megatron.monitor.banner import print_banner
 from hola_megatron.monitor.guard import NumberGuard
@@ -147,7 +147,8 @@ class Run:
                "learning_rate": learning_rate(recipe, step - 1), "samples": self.state.samples,
                "tokens": step * recipe.tokens_per_step, "loss_tokens": result.tokens, "tokens_per_second": speed,
                **self.tokens_by_stream(), **work,
-               "mfu": self.clock.mfu(speed), "memory_gb": memory,
+               "mfu": self.clock.share_of_peak(speed, self.clock.flops),
+               "hfu": self.clock.share_of_peak(speed, self.clock.executed), "memory_gb": memory,
                "eta_seconds": (recipe.train.steps - step) * recipe.tokens_per_step / speed}
         self.metrics.write(row)
         print(console.step_line({**row, "loss": result.loss, "grad_norm": result.grad_norm}, recipe.train.steps, total),
@@ -349,6 +350,7 @@ class Clock:
     def __init__(self, recipe: Recipe, layout: Layout):
         self.recipe, self.layout = recipe, layout
         self.flops = flops_per_token(recipe.model, recipe.train.sequence_length)
+        self.executed = executed_flops_per_token(recipe)
         self.peak = peak_flops(console.device_name(layout.device), recipe.log.peak_tflops)
         self.times: list[float] = []
         self.began = self.data_seconds = self.save_seconds = 0.0
@@ -372,8 +374,9 @@ class Clock:
         """Over the last 20 steps, all ranks together."""
         return self.recipe.tokens_per_step * len(self.times) / max(sum(self.times), 1e-9)
 
-    def mfu(self, tokens_per_second: float) -> float | None:
-        return tokens_per_second * self.flops / (self.peak * self.layout.world) if self.peak else None
+    def share_of_peak(self, tokens_per_second: float, flops: float) -> float | None:
+        """MFU of the model's FLOPs a token, HFU of those executed; None where the peak is not known."""
+        return tokens_per_second * flops / (self.peak * self.layout.world) if self.peak else None
 
 
 def open_data(recipe: Recipe) -> Data:

@@ -54,7 +54,8 @@ def copy_run(run: Path, to: Path) -> Path:
 
 @pytest.mark.parametrize(("ranks", "parallel"), [
     (2, {"tensor": 2}), (1, {}), (2, {"pipeline": 2}), (2, {"distributed_optimizer": True}),
-    (2, {"distributed_optimizer": False})], ids=["tp2", "tp1", "pp2", "dp2_dist_opt", "dp2"])
+    (2, {"distributed_optimizer": False}), (2, {"context": 2})],
+    ids=["tp2", "tp1", "pp2", "dp2_dist_opt", "dp2", "cp2"])
 def test_a_tp2_checkpoint_goes_on_in(ranks, parallel, tp2, text_data, tmp_path):
     run = copy_run(tp2, tmp_path)
     stop_at(3, run)

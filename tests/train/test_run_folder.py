@@ -15,6 +15,7 @@ from helpers import ROOT, metric_rows, run_main, write_recipe
 
 from hola_megatron.checkpoint.folder import newest_usable, open_checkpoint
 from hola_megatron.config import load_recipe
+from hola_megatron.model.flops import executed_flops_per_token, flops_per_token
 from hola_megatron.trainer import train
 
 
@@ -164,3 +165,13 @@ def test_what_a_resumed_run_knows_and_says_is_the_whole_one_s(copy, text_data, t
         assert re.search(r"^step 6/6 100\.0% \| loss \d\.\d+ \| gnorm \d+\.\d+ \| lr \S+ \| \S+ tok/s \| MFU \S+ \| "
                          r"mem \d+\.\d/\d+ GB \| eta \S+$", said, re.MULTILINE)
     assert (copy / "run/loss.png").exists()
+
+
+def test_mfu_and_hfu_are_logged(text_data, tmp_path, capsys):
+    recipe = write_recipe(tmp_path / "recipe.yaml", text_data / "train", run_dir=str(tmp_path / "run"), train__steps=2,
+                          train__recompute="full", log__peak_tflops=0.5)
+    assert run_main([str(recipe)], capsys).code == 0
+    row, made = metric_rows(tmp_path / "run")[-1], load_recipe(recipe)
+    assert row["mfu"] == pytest.approx(row["tokens_per_second"] * flops_per_token(made.model, 64) / 0.5e12)
+    assert row["hfu"] == pytest.approx(row["tokens_per_second"] * executed_flops_per_token(made) / 0.5e12)
+    assert row["hfu"] > 1.2 * row["mfu"]
