@@ -110,8 +110,9 @@ def _broken_packages_named() -> Iterator[None]:
         # a module whose import failed is in no table of modules
         if not any(name.startswith("transformer_engine") and name not in sys.modules for name in modules):
             raise
-        raise InstallError(f"transformer-engine: is installed and does not load ({str(error).splitlines()[0][:200]}); "
-                           "repair or uninstall it, tools/doctor.py tells more") from None
+        said = " ".join(str(error).split())[:200]
+        raise InstallError(f"transformer-engine: is installed and does not load ({said}); repair or uninstall it, "
+                           "tools/doctor.py tells more") from None
 
 
 def run_cli(main: Callable[[], int | None]) -> None:
