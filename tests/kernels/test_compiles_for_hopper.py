@@ -13,7 +13,7 @@ import pytest
 
 PROGRAM = Path(__file__).parent / "compile_for_hopper.py"
 SHARED = 227 * 1024  # bytes a program may have on compute capability 9.0
-SPILLED = 600        # bytes of stack a thread: 536 today, of the sums over all blocks that hold a token
+SPILLED = 600        # bytes of stack a thread: 560 today, of the sums over all blocks that hold a token
 
 
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
