@@ -89,12 +89,20 @@ class Mixer(MegatronModule):
         device = self.in_proj.weight.device
         return nn.Parameter(torch.empty(*shape, dtype=dtype or self.config.params_dtype, device=device))
 
-    def _shared_by_heads(self, parameter: nn.Parameter) -> Tensor:
-        """A parameter every tensor rank holds whole but uses for its own heads only.
+    def _whole(self, *shape: int, dtype: torch.dtype | None = None) -> nn.Parameter:
+        """A parameter every tensor rank holds whole but uses for its own heads only: `_shared_by_heads` reads it."""
+        parameter = self._parameter(*shape, dtype=dtype)
+        parameter.sequence_parallel = self.config.sequence_parallel
+        return parameter
 
-        Its gradient is a partial sum on each rank. Megatron adds those up only under sequence
-        parallelism; here the backward of an identity does, at any layout.
+    def _shared_by_heads(self, parameter: nn.Parameter) -> Tensor:
+        """Its gradient is a partial sum on each tensor rank.
+
+        Under sequence parallelism the engines add those up once a step, with the norms'; otherwise nobody does, and
+        the backward of an identity does it here.
         """
+        if self.config.sequence_parallel:
+            return parameter
         return copy_to_tensor_model_parallel_region(parameter, group=self.tp_group)
 
     def _split_heads(self, x: Tensor, width: int) -> Tensor:
@@ -141,10 +149,10 @@ class DeltaMixer(Mixer):
         if model.decay:
             self.A_log = self._per_head(heads, dtype=torch.float32)
             self.dt_bias = self._per_head(heads, dtype=torch.float32)
-        self.o_norm = self._parameter(model.value_dim)
+        self.o_norm = self._whole(model.value_dim)
         if exact_cache:
-            self.gamma_q = self._parameter(model.key_dim, dtype=torch.float32)
-            self.gamma_k = self._parameter(model.key_dim, dtype=torch.float32)
+            self.gamma_q = self._whole(model.key_dim, dtype=torch.float32)
+            self.gamma_k = self._whole(model.key_dim, dtype=torch.float32)
             self.gate = self._per_head(heads, dtype=torch.float32)
             if model.cache.sink:
                 self.sink = self._per_head(heads, dtype=torch.float32)

@@ -44,6 +44,7 @@ from hola_kernels.exact_cache.triton_split_read import (
     launch_read_own,
     launch_read_rest,
 )
+from hola_kernels.gated_delta.triton_layout import Layout
 from hola_kernels.gated_delta.triton_pieces import Begun, asked, begin, finish, leaving_map
 from hola_kernels.gated_delta.triton_rule import gradients_of_chunks, walk_back, will_train
 from hola_kernels.segments import dense_cu_seqlens
@@ -137,16 +138,17 @@ class HolaLayer(torch.autograd.Function):
         ctx.save_for_backward(q, k_LHK, v_LHV, log_decay, beta, gamma_q, gamma_k, gate, sink, read.key_norm_RH,
                               o_cache, lse, query_norm, slots_UHw, crossed.sent_rows, crossed.places,
                               maps_between(maps, part), *kept)
-        ctx.stream, ctx.group, ctx.begun, ctx.blocks, ctx.mean = stream, group, started.begun, blocks, mean
+        ctx.stream, ctx.group, ctx.blocks, ctx.mean = stream, group, blocks, mean
+        ctx.layout, ctx.alike = started.begun.layout, started.begun.alike  # and not its maps: their transposes are kept
         return stream.local(y).reshape(shape)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         (q, k_LHK, v_LHV, log_decay, beta, gamma_q, gamma_k, gate, sink, key_norm, o_cache, lse, query_norm,
          slots_UHw, sent_rows, places, between, *kept) = ctx.saved_tensors
-        stream, group, layout, part = ctx.stream, ctx.group, ctx.begun.layout, ctx.stream.part
+        stream, group, layout, part = ctx.stream, ctx.group, ctx.layout, ctx.stream.part
         k, v, do = stream.flat(k_LHK), stream.flat(v_LHV), dy.flatten(0, 1).contiguous()
-        asked_left, of_spans = _asked(q, k, kept, ctx.begun, part, do)
+        asked_left, of_spans = _asked(q, k, kept, layout, ctx.alike, part, do)
         pending = gather(asked_left, group, "state gradients")
         dq_SHK, dk_LHK, dv_LHV, *rest = exact_read_backward(
             q=stream.lay(q), k=k_LHK, v=v_LHV, gamma_q=gamma_q, gamma_k=gamma_k, sink=sink, gate=gate,
@@ -244,12 +246,12 @@ def _places_of(rows_NHw: Tensor) -> Tensor:
     return rows_NHw.clamp_min(0).long() * heads + torch.arange(heads, device=rows_NHw.device)[:, None]
 
 
-def _asked(q: Tensor, k: Tensor, kept: list[Tensor | None], begun: Begun, part: Part,
+def _asked(q: Tensor, k: Tensor, kept: list[Tensor | None], layout: Layout, alike: bool, part: Part,
            do: Tensor) -> tuple[Tensor, Tensor | None]:
     """What the outputs ask of the states that entered this rank [N, H, K, V], and of those that enter the spans."""
     if part.before or kept[-1] is not None:
-        return asked(q, k, kept, begun.layout, begun.alike, do)
-    rows = begun.layout.segment_count if begun.alike else 1
+        return asked(q, k, kept, layout, alike, do)
+    rows = layout.segment_count if alike else 1
     return do.new_zeros(rows, *k.shape[1:], do.shape[2], dtype=torch.float32), None  # nothing entered
 
 

@@ -24,11 +24,13 @@ class UnitTable:
     table   [U, 5] int32: first token, number of tokens (0: no such unit), number of the unit in its
             segment, how many units of the segment follow, segment
     first   [N + 1] int64: first unit of every segment, and their total
+    most    units that a segment can have at most, from shapes alone
     """
 
     size: int
     table: Tensor
     first: Tensor
+    most: int
 
     @property
     def units(self) -> int:
@@ -39,16 +41,18 @@ def unit_table(cuts: Tensor, tokens: int, size: int, dense: bool) -> UnitTable:
     """cuts [N + 1] int64 on the device; dense: all N segments have tokens / N tokens."""
     if dense:
         return _dense_table(cuts.numel() - 1, tokens, size, cuts.device)
-    return remember(cuts, ("units", size, tokens), lambda: _build(cuts, size, tokens // size + cuts.numel() - 1))
+    return remember(cuts, ("units", size, tokens),
+                    lambda: _build(cuts, size, tokens // size + cuts.numel() - 1, -(-tokens // size)))
 
 
 @by_shape
 def _dense_table(segments: int, tokens: int, size: int, device: torch.device) -> UnitTable:
     length = tokens // max(segments, 1)
-    return _build(dense_cu_seqlens(segments, length, device), size, segments * -(-length // size))
+    most = -(-length // size)
+    return _build(dense_cu_seqlens(segments, length, device), size, segments * most, most)
 
 
-def _build(cuts: Tensor, size: int, units: int) -> UnitTable:
+def _build(cuts: Tensor, size: int, units: int, most: int) -> UnitTable:
     length = cuts.diff()
     count = (length + size - 1) // size
     first = torch.cat([count.new_zeros(1), count.cumsum(0)])
@@ -59,4 +63,4 @@ def _build(cuts: Tensor, size: int, units: int) -> UnitTable:
     real = unit < first[-1]
     columns = [start, (cuts[segment + 1] - start).clamp(max=size), ordinal, count[segment] - ordinal - 1, segment]
     table = torch.where(real[:, None], torch.stack(columns, 1), 0)
-    return UnitTable(size, table.to(torch.int32), first)
+    return UnitTable(size, table.to(torch.int32), first, most)

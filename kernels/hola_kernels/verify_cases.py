@@ -33,7 +33,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "packed": {"cuts": PACKED},
     "rows": {"rows": 2, "length": 600, "score": "e", "read_norm": "l2", "sink": False},
     "betav": {"cuts": PACKED, "score": "betav"},
-    "long": {"length": 3000, "heads": 1, "split": True},
+    "long": {"length": 6000, "heads": 1, "split": True},
     "bounded": {"cuts": (*PACKED, PACKED[-1], PACKED[-1]), "bounded": True},
     "lengths": {"rows": 3, "length": (1, 63, 64, 65, 255, 256, 257, 500, 1000)},
     "long bounded": {"cuts": (0, 40, 2990, 3000, 3000), "heads": 1, "split": True, "bounded": True},

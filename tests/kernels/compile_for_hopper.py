@@ -3,8 +3,9 @@
     python tests/kernels/compile_for_hopper.py '{"operation": "attention", "dtype": "bfloat16", "width": 256}'
 
 Triton asks its driver for the device and lets it launch; this one is a Hopper that launches nothing, so a call on CPU
-tensors goes through all its kernels and returns what happened to be in memory. Prints one JSON object: bytes of shared
-memory and of stack (spilled registers) of every kernel.
+tensors goes through all its kernels and returns what happened to be in memory. Prints one JSON object: of every kernel
+the bytes of shared memory and of stack (spilled registers), and the registers that a running product reads and
+something writes (`warpgroup_registers`).
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
+from warpgroup_registers import overwritten
 
 from hola_kernels import backend, gated_rms_norm, hola_attention, hola_attention_step, short_conv, short_conv_step
 from hola_kernels.cross_entropy import cross_entropy_
@@ -88,13 +90,14 @@ def around(dtype: torch.dtype, width: int) -> None:
                    weight=torch.zeros(300), backend="triton")
 
 
-def needs(kernel: triton.compiler.CompiledKernel) -> dict[str, int]:
+def needs(kernel: triton.compiler.CompiledKernel) -> dict[str, int | list[str]]:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(kernel.asm["cubin"])
         file.flush()
-        said = subprocess.run([CUOBJDUMP, "--dump-resource-usage", file.name], capture_output=True, text=True,
-                              check=True)
-    return {"shared": kernel.metadata.shared, "stack": int(re.search(r"STACK:(\d+)", said.stdout)[1])}
+        resources, sass = (subprocess.run([CUOBJDUMP, option, file.name], capture_output=True, text=True,
+                                          check=True).stdout for option in ("--dump-resource-usage", "-sass"))
+    return {"shared": kernel.metadata.shared, "stack": int(re.search(r"STACK:(\d+)", resources)[1]),
+            "overwritten": overwritten(sass)}
 
 
 def main() -> None:

@@ -1,4 +1,5 @@
-"""Every kernel of a call compiles for Hopper, without a GPU, fits its shared memory and spills few registers."""
+"""Every kernel of a call compiles for Hopper, without a GPU, fits its shared memory, spills few registers, and leaves
+alone those that a running product reads."""
 
 from __future__ import annotations
 
@@ -18,7 +19,7 @@ SPILLED = 600        # bytes of stack a thread: 560 today, of the sums over all 
 
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
 @pytest.mark.parametrize(("operation", "dtype", "width", "kernels"), [
-    ("attention", "bfloat16", 256, 18), ("long", "bfloat16", 256, 24), ("step", "bfloat16", 256, 4),
+    ("attention", "bfloat16", 128, 17), ("long", "bfloat16", 256, 24), ("step", "bfloat16", 256, 4),
     ("around", "bfloat16", 256, 14)])
 def test_compiles_for_hopper(operation, dtype, width, kernels, tmp_path):
     asked = json.dumps({"operation": operation, "dtype": dtype, "width": width})
@@ -29,3 +30,4 @@ def test_compiles_for_hopper(operation, dtype, width, kernels, tmp_path):
     found = json.loads(done.stdout.splitlines()[-1])
     assert len(found) >= kernels, found
     assert all(needs["shared"] <= SHARED and needs["stack"] <= SPILLED for needs in found.values()), found
+    assert not {name: needs["overwritten"] for name, needs in found.items() if needs["overwritten"]}

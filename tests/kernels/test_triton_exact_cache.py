@@ -22,7 +22,7 @@ else:
     import test_gated_norm as norm_tests
     import test_short_conv as conv_tests
 
-    from hola_kernels.exact_cache import selection_plan, triton_split_read
+    from hola_kernels.exact_cache import selection_plan, triton_key_gradient, triton_split_read
     from hola_kernels.exact_cache.verify_cases import limit, measure_pieces, measure_read, measure_split
     from hola_kernels.short_conv import triton_strips
     from hola_kernels.unit_table import UnitTable
@@ -37,6 +37,11 @@ else:
         yield
         selection_plan._dense_plan.cache_clear()
 
+    @pytest.fixture
+    def two_blocks_a_window(monkeypatch):
+        """The gradients of cached tokens are summed over windows of two blocks, then over windows."""
+        monkeypatch.setattr(triton_key_gradient, "RUN_WINDOW", 2)
+
     def test_rows_of_two_documents_and_unequal_dimensions():
         check(measure_read(dtype=torch.float32, key=16, value=32, lengths=[37, 37], **TINY))
 
@@ -46,6 +51,13 @@ else:
     def test_blocks_wider_than_a_tile_and_slots_that_fill_none():
         sizes = {**TINY, "block": 24, "slots": 20, "heads": 2}
         check(measure_read(dtype=torch.float32, key=16, value=16, lengths=[60], read_norm="l2", **sizes))
+
+    @pytest.mark.parametrize("cuts", [(0, 150), (0, 20, 20, 140, 170)], ids=["one", "packed"])
+    def test_tokens_that_stay_cached_over_many_windows_of_blocks(cuts, two_blocks_a_window):
+        check(measure_read(dtype=torch.float32, key=16, value=32, cuts=cuts, **TINY))
+
+    def test_pieces_hand_the_memory_on_over_windows_of_blocks(two_blocks_a_window):
+        check(measure_pieces(dtype=torch.float32, bounds=(0, 50, 57, 150), key=16, **TINY))
 
     def test_half_precision():
         check(measure_read(dtype=torch.float16, key=32, value=16, lengths=[40], **TINY), "float16")
@@ -74,7 +86,7 @@ else:
 
     def test_runs_of_blocks_are_aligned_and_leave_none_out():
         def runs(units):
-            table = UnitTable(16, torch.zeros(units, 5), torch.zeros(2))
+            table = UnitTable(16, torch.zeros(units, 5), torch.zeros(2), units)
             read = triton_split_read.SplitRead(*[None] * 7, table, *[None] * 8)
             return read.runs((2, 1, 3))
 

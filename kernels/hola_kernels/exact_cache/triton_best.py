@@ -22,7 +22,8 @@ def best_rows(score_MH: Tensor, runs: tuple[tuple[int, int], ...], slots: int) -
     launch_top_slots(jobs=spans, score_MH=score_MH, list_rows=span_rows, list_score=span_score, rows=span_rows,
                      row_score=span_score)
     rows = torch.empty(len(runs), heads, slots, dtype=torch.int32, device=device)
-    launch_top_slots(jobs=joins, score_MH=score_MH, list_rows=span_rows, list_score=span_score, rows=rows)
+    launch_top_slots(jobs=joins, score_MH=score_MH, list_rows=span_rows, list_score=span_score, rows=rows,
+                     most=spans.shape[0] * slots)
     return rows
 
 

@@ -5,7 +5,8 @@ with P and D of `triton_pair_gradient`. A token is read by its own block and, wh
 by a run of later blocks. No float atomics: three steps in a fixed order,
 
     slot sums    per block and slot, the sum over the block's queries     -> parts [U, H, w, D]
-    run sums     the part where a token enters its first cache takes in the parts of the rest of its run
+    run sums     the part where a token enters its first cache takes in the parts of the rest of its run: within
+                 windows of blocks, then over windows, so that no chain of loads is as long as a sequence
     own sums     the sum over the own block's queries + the run's part, keys then through their norm
 
 Work for (16, 2048, 4, 256, 64), K = V = 256, bf16: 30 GFLOP; HBM reads P, D (116 MB), dy, q, k (201
@@ -25,6 +26,8 @@ from hola_kernels.exact_cache.read_configs import Tile
 from hola_kernels.exact_cache.triton_pair_gradient import PairGradient
 from hola_kernels.integers import cdiv, next_power_of_2
 from hola_kernels.unit_table import UnitTable
+
+RUN_WINDOW = 16  # blocks; of 512 in a sequence no sum has more than 15 + 32 terms one after the other
 
 
 @triton.jit
@@ -66,10 +69,14 @@ def _slot_sums_kernel(scratch, x, units_ptr, part_ptr, H, w, scratch_rows,
 
 @triton.jit
 def _run_sums_kernel(slots_ptr, units_ptr, k_part_ptr, v_part_ptr, H, w, block, tokens, K: tl.constexpr,
-                     V: tl.constexpr, GROUP: tl.constexpr, SLOTS: tl.constexpr):
+                     V: tl.constexpr, GROUP: tl.constexpr, SLOTS: tl.constexpr, WINDOW: tl.constexpr,
+                     ACROSS: tl.constexpr):
     """The parts of a token's run summed into the part of the block where it enters, in order of blocks.
 
-    One program owns GROUP slots of a block and head, and of those the ones whose token is new there: it is
+    A window is WINDOW blocks of a segment. Within windows first: each sums into the part of the block where the token
+    enters, or of the window's first. ACROSS, those into the part where it enters.
+
+    One program owns GROUP slots of a block and head, and of those the ones whose token begins there: it is
     the only one to read or write the parts of these tokens. Registers: [GROUP, K] and [GROUP, V] float32.
     """
     groups = tl.cdiv(w, GROUP)
@@ -84,29 +91,33 @@ def _run_sums_kernel(slots_ptr, units_ptr, k_part_ptr, v_part_ptr, H, w, block, 
     d_K, d_V = tl.arange(0, K), tl.arange(0, V)
     base = unit.to(tl.int64) * H + h
     row_G = tl.load(slots_ptr + base * w + slot_G, mask=slot_G < w, other=-1)
-    enters = ((row_G >= start - block) & (row_G < start)) | ((ordinal == 0) & (row_G >= tokens))
-    enters = enters & (row_G >= 0)
-    alive = tl.max(enters.to(tl.int32)) * following  # nothing to add for the last block of a sequence
-    if alive > 0:
+    begins = ((row_G >= start - block) & (row_G < start)) | ((ordinal == 0) & (row_G >= tokens))
+    into = ordinal % WINDOW
+    if not ACROSS:
+        begins = begins | (into == 0)
+    begins = begins & (row_G >= 0)
+    near = WINDOW - into if ACROSS else 1
+    last = following if ACROSS else tl.minimum(following, WINDOW - 1 - into)
+    if (tl.max(begins.to(tl.int32)) > 0) & (near <= last):
         k_at = k_part_ptr + (base * w + slot_G)[:, None] * K + d_K[None, :]
         v_at = v_part_ptr + (base * w + slot_G)[:, None] * V + d_V[None, :]
-        dk = tl.load(k_at, mask=enters[:, None], other=0.0).to(tl.float32)
-        dv = tl.load(v_at, mask=enters[:, None], other=0.0).to(tl.float32)
-        step = 1
-        while alive > 0:
+        dk = tl.load(k_at, mask=begins[:, None], other=0.0).to(tl.float32)
+        dv = tl.load(v_at, mask=begins[:, None], other=0.0).to(tl.float32)
+        step = near  # set here: named before the loop's tensors, Triton 3.6 and 3.7 fail to compile this for Hopper
+        while step <= last:
             later = (unit + step).to(tl.int64) * H + h
             row_S = tl.load(slots_ptr + later * w + slot_S, mask=slot_S < w, other=-1)
-            same = enters[:, None] & (row_G[:, None] == row_S[None, :])
+            same = begins[:, None] & (row_G[:, None] == row_S[None, :])
             slot = tl.max(tl.where(same, slot_S[None, :], -1), 1)
             held = slot >= 0
             dk += tl.load(k_part_ptr + (later * w + slot)[:, None] * K + d_K[None, :], mask=held[:, None],
                           other=0.0).to(tl.float32)
             dv += tl.load(v_part_ptr + (later * w + slot)[:, None] * V + d_V[None, :], mask=held[:, None],
                           other=0.0).to(tl.float32)
-            alive = tl.max(held.to(tl.int32)) * (following - step)
-            step += 1
-        tl.store(k_at, dk.to(k_part_ptr.dtype.element_ty), mask=enters[:, None])
-        tl.store(v_at, dv.to(v_part_ptr.dtype.element_ty), mask=enters[:, None])
+            # a run has no gaps: behind a block that holds none of them there is none
+            step = tl.where(tl.max(held.to(tl.int32)) > 0, step + (WINDOW if ACROSS else 1), last + 1)
+        tl.store(k_at, dk.to(k_part_ptr.dtype.element_ty), mask=begins[:, None])
+        tl.store(v_at, dv.to(v_part_ptr.dtype.element_ty), mask=begins[:, None])
 
 
 @triton.jit
@@ -203,9 +214,10 @@ def launch_key_gradient(*, pairs: PairGradient, q_MHK: Tensor, k_RHK: Tensor, ke
             **launch)
         parts.append(part)
     group, padded = min(8, next_power_of_2(slots)), next_power_of_2(slots)
-    _run_sums_kernel[(units.units * heads * cdiv(slots, group),)](
-        slots_UHw, units.table, *parts, heads, slots, units.size, tokens, K=key_dim, V=dv_RHV.shape[2], GROUP=group,
-        SLOTS=padded, num_warps=2)
+    for across in (False, True) if units.most > RUN_WINDOW else (False,):
+        _run_sums_kernel[(units.units * heads * cdiv(slots, group),)](
+            slots_UHw, units.table, *parts, heads, slots, units.size, tokens, K=key_dim, V=dv_RHV.shape[2], GROUP=group,
+            SLOTS=padded, WINDOW=RUN_WINDOW, ACROSS=across, num_warps=4)
     own_tiles = cdiv(max(units.size, slots if incoming else 0), tile.columns)
     owners = units.units + (units.first.numel() - 1 if incoming else 0)
     for (scratch, x, out, keys), part in zip(sides, parts, strict=True):

@@ -82,7 +82,7 @@ def _delta_kernel(dy_ptr, o_ptr, lse_ptr, sink_ptr, gate_ptr, delta_ptr, part_pt
 @triton.jit
 def _pair_gradient_kernel(q, k, v, dy, k_ptr, v_ptr, query_norm_ptr, key_norm_ptr, gamma_q_ptr, gamma_k_ptr,
                           gate_ptr, lse_ptr, delta_ptr, slots_ptr, units_ptr, weight_ptr, dlogit_ptr,
-                          along_ptr, k_stride, v_stride, H, w, scratch_rows, scratch_columns, scale,
+                          along_ptr, k_stride, v_stride, H, w, scratch_rows, scratch_columns, scale, one,
                           K: tl.constexpr, V: tl.constexpr, CHUNK: tl.constexpr, ROWS: tl.constexpr,
                           COLUMNS: tl.constexpr, SLOT_TILES: tl.constexpr, ROW_TILES: tl.constexpr,
                           COLUMN_TILES: tl.constexpr, CACHED: tl.constexpr, COMBINE: tl.constexpr,
@@ -132,7 +132,9 @@ def _pair_gradient_kernel(q, k, v, dy, k_ptr, v_ptr, query_norm_ptr, key_norm_pt
                 key = tl.load(k_at + d, mask=seen[:, None], other=0.0)
             else:
                 key = k.load([start + first_place, h * K + d])
-            logit = tl.dot(scaled, tl.trans(key), logit, input_precision=PRECISION)
+            # times one (a number the compiler does not know): no product is left running into the next step, where its
+            # scaled queries' registers are handed out again before anything waits for it
+            logit = tl.dot(scaled, tl.trans(key), logit, input_precision=PRECISION) * one
 
         v_at = v_ptr + (row_C * v_stride + h * V)[:, None] + d_D[None, :]
         dweight = tl.zeros((ROWS, COLUMNS), tl.float32)
@@ -197,7 +199,7 @@ def launch_pair_gradient(*, q_MHK: Tensor, k_RHK: Tensor, v_RHV: Tensor, dy_MHV:
             token_tiles(v_RHV, tile.columns, chunk), token_tiles(dy_MHV, tile.rows, chunk), k_RHK, v_RHV,
             query_norm_MH, key_norm_RH, gamma_q, gamma_k, lse_MH if gate_H is None else gate_H, lse_MH, delta_MH,
             slots_UHw, units.table, weight, dlogit, along, k_RHK.stride(0), v_RHV.stride(0), heads, slots, *shape[2:],
-            key_dim**-0.5, K=key_dim, V=value_dim, CHUNK=chunk, ROWS=tile.rows, COLUMNS=tile.columns,
+            key_dim**-0.5, 1.0, K=key_dim, V=value_dim, CHUNK=chunk, ROWS=tile.rows, COLUMNS=tile.columns,
             SLOT_TILES=slot_tiles, ROW_TILES=row_tiles, COLUMN_TILES=column_tiles, CACHED=cached,
             COMBINE=gate_H is not None, INCOMING=incoming, PRECISION="tf32x3", **tile.launch)
     return PairGradient(weight, dlogit, along, tile.columns, slot_tiles)

@@ -37,7 +37,11 @@ def cases() -> list[tuple[str, Callable[[], dict[str, float]]]]:
                       lambda d=dtype, k=key, v=value, n=late, s=sink: measure_split(
                           dtype=d, key=k, value=v, cuts=(0, 300, 301, 301, 365, 1723), late=n, sink=s))
                      for late, sink in ((0, True), (100, True), (255, False))]
+        made += [(f"{word} exact read K={width} V={width} long", lambda d=dtype, n=width: measure_read(
+            dtype=d, key=n, value=n, cuts=(0, 900, 7000))) for width in (64, 256)]  # over windows of blocks
         made.append((f"{word} exact read with an incoming memory", lambda d=dtype: measure_pieces(dtype=d)))
+        made.append((f"{word} exact read with an incoming memory, long", lambda d=dtype: measure_pieces(
+            dtype=d, bounds=(0, 300, 310, 6000))))
     for length in (1, 63, 64, 65, 255, 256, 257, 500, 1000, 6000):
         made.append((f"bfloat16 exact read K=128 V=128 T={length}",
                      lambda n=length: measure_read(dtype=torch.bfloat16, key=128, value=128, lengths=[n])))
@@ -150,11 +154,13 @@ def measure_pieces(*, dtype: torch.dtype, bounds: tuple[int, ...] = (0, 300, 310
 
 
 def measure_selection() -> dict[str, float]:
-    """Slots that differ from the torch choice, with ties, over several spans and packed documents."""
+    """Slots that differ from the torch choice, with ties, over several spans and packed documents, and over so many
+    spans that their best fill several tiles of registers."""
     from hola_kernels.exact_cache import triton_read
 
     wrong = 0
-    for batch, length, cuts in ((2, 2048, None), (1, 9000, None), (1, 9000, (0, 0, 1, 300, 5000, 5000, 9000))):
+    for batch, length, cuts in ((2, 2048, None), (1, 9000, None), (1, 9000, (0, 0, 1, 300, 5000, 5000, 9000)),
+                                (1, 70_000, None), (1, 300_000, (0, 1000, 300_000))):
         score = torch.randint(-40, 200, (batch, length, 3), device="cuda").float() / 8
         bounds = torch.tensor(cuts or range(0, batch * length + 1, length), device="cuda")
         expected = select_cache(score=score, cu_seqlens=bounds if cuts else None, backend="torch")

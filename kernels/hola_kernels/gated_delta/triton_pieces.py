@@ -35,7 +35,7 @@ class Begun:
     """factors: what `begin_rule` returned. alike: all segments are of one length, and each is first and last."""
 
     layout: Layout
-    factors: tuple[Tensor, Tensor, Tensor, Tensor | None]
+    factors: tuple[Tensor | None, ...]
     alike: bool
 
 
@@ -47,12 +47,12 @@ def begin(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, beta: Tensor, cuts
 
 def leaving_map(k: Tensor, v: Tensor, begun: Begun) -> Tensor:
     """[E | M] of the last segment (of every one where they are alike), [N, H, K, V + K] fp32."""
-    layout, (scales, solve, _, maps) = begun.layout, begun.factors
+    layout, (scales, solve, _, maps, _) = begun.layout, begun.factors
     spans = layout.span_count if begun.alike else layout.end_spans[1]
     first = layout.span_count - spans
     if maps is None:
-        maps = span_maps(k_MHK=k, v_MHV=v, scales=scales, solve=solve, precision=_precision(v),
-                         layout=dataclasses.replace(layout, spans=layout.spans[first:]))
+        maps, _ = span_maps(k_MHK=k, v_MHV=v, scales=scales, solve=solve, precision=_precision(v),
+                            layout=dataclasses.replace(layout, spans=layout.spans[first:]))
     else:
         maps = maps[first:]
     return compose(maps.unflatten(0, (layout.segment_count if begun.alike else 1, -1)))
@@ -71,17 +71,17 @@ def asked(q: Tensor, k: Tensor, kept: Sequence[Tensor | None], layout: Layout, a
 
     The latter, which `walk_back` takes, is there where sequences are split.
     """
-    maps = kept[-1]
-    if maps is None:
+    turned = kept[-1]
+    if turned is None:
         spans = layout.span_count if alike else layout.end_spans[0]
         only = dataclasses.replace(layout, spans=layout.spans[:spans])
         return asked_of_spans(q, k, kept, only, do), None
     entering = asked_of_spans(q, k, kept, layout, do)
-    leaving = leaving_gradients(maps=maps, dentering=entering, layout=layout, dstate_NHKV=None)
+    leaving = leaving_gradients(turned=turned, dentering=entering, layout=layout, dstate_NHKV=None,
+                                precision=_precision(do))
     step = layout.span_count // layout.segment_count if alike else layout.span_count
     first = slice(None, None, step)  # the first span of every piece
-    value_dim = do.shape[2]
-    return entering[first] + maps[first][..., value_dim:].mT @ leaving[first], entering
+    return entering[first] + turned[first] @ leaving[first], entering
 
 
 def piece_maps(k: Tensor, v: Tensor, log_decay: Tensor, beta: Tensor, cuts: Tensor) -> Tensor:

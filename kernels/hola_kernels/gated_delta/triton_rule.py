@@ -83,8 +83,9 @@ class _GatedDelta(torch.autograd.Function):
     def forward(ctx, q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, beta: Tensor, state: Tensor | None,
                 layout: Layout, train: bool) -> tuple[Tensor, Tensor, Tensor]:
         q, k, v, log_decay, beta = (x.contiguous() for x in (q, k, v, log_decay, beta))
-        o, square, last, kept = rule_forward(q, k, v, log_decay, beta, state, layout,
-                                             train=train)
+        o, square, last, kept = rule_forward(q, k, v, log_decay, beta, state, layout, train=train)
+        if layout.most_spans > 1:
+            last = last[layout.segment_spans.sum(1) - 1]
         score = square.sum(-1).sqrt_()
         ctx.save_for_backward(q, k, v, log_decay, beta, *kept)
         ctx.layout = layout
@@ -97,15 +98,20 @@ class _GatedDelta(torch.autograd.Function):
         q, k, v, log_decay, beta, *kept = ctx.saved_tensors
         do = torch.zeros_like(v) if do is None else do.contiguous()
         *gradients, dstate = rule_backward(q, k, v, log_decay, beta, kept, ctx.layout, do, dlast)
-        return *gradients, dstate if ctx.needs_input_grad[5] else None, None, None
+        if not ctx.needs_input_grad[5]:
+            dstate = None
+        elif ctx.layout.most_spans > 1:
+            dstate = dstate[ctx.layout.segment_spans[:, 0]]
+        return *gradients, dstate, None, None
 
 
 def rule_forward(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, beta: Tensor, state: Tensor | None,
                  layout: Layout, *, train: bool,
                  read_norm: ReadNorm | None = None) -> tuple[Tensor, Tensor, Tensor, tuple[Tensor | None, ...]]:
-    """Contiguous inputs -> (o, |write|^2 over each tile of V [M, H, tiles], last state, what the backward keeps).
+    """Contiguous inputs -> (o, |write|^2 over each tile of V [M, H, tiles], the state leaving every span [P, H, K, V],
+    what the backward keeps).
 
-    Kept: each chunk's U and P (256 bytes a token and head) and scales (32); of a split sequence also the map of
+    Kept: each chunk's U and P (256 bytes a token and head) and scales (32); of a split sequence also M^T of
     each span and the state entering it; if a backward pass will come (train) and `keeps_states`, every chunk's state
     and residuals.
     """
@@ -114,41 +120,42 @@ def rule_forward(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, beta: Tenso
 
 
 def begin_rule(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, beta: Tensor,
-               layout: Layout, read_norm: ReadNorm | None = None) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """What needs no state: every chunk's scales, U and P, and where sequences are split the map of every span."""
+               layout: Layout, read_norm: ReadNorm | None = None) -> tuple[Tensor | None, ...]:
+    """What needs no state: every chunk's scales, U and P, and where sequences are split [E | M] and M^T of every span.
+    """
     precision = _precision(v)
     scales, solve, attend = prepare(q_MHK=q, k_MHK=k, log_decay_MH=log_decay, beta_MH=beta, chunks=layout.chunks,
                                     precision=precision, read_norm=read_norm)
-    maps = None
+    maps, turned = None, None
     if layout.most_spans > 1:
-        maps = span_maps(k_MHK=k, v_MHV=v, scales=scales, solve=solve, layout=layout, precision=precision)
-    return scales, solve, attend, maps
+        maps, turned = span_maps(k_MHK=k, v_MHV=v, scales=scales, solve=solve, layout=layout, precision=precision)
+    return scales, solve, attend, maps, turned
 
 
-def finish_rule(q: Tensor, k: Tensor, v: Tensor, begun: tuple[Tensor, Tensor, Tensor, Tensor | None],
+def finish_rule(q: Tensor, k: Tensor, v: Tensor, begun: tuple[Tensor | None, ...],
                 state: Tensor | None, layout: Layout,
                 train: bool) -> tuple[Tensor, Tensor, Tensor, tuple[Tensor | None, ...]]:
     """The rest of `rule_forward`, from what `begin_rule` returned and the state entering every segment."""
-    scales, solve, attend, maps = begun
+    scales, solve, attend, maps, turned = begun
     state = None if state is None else state.contiguous()
     if maps is not None:
-        state = entering_states(maps=maps, layout=layout, state_NHKV=state, value_dim=v.shape[2])
+        state = entering_states(maps=maps, layout=layout, state_NHKV=state, value_dim=v.shape[2],
+                                precision=_precision(v))
     o, square, last, states, residual = walk_forward(
         q_MHK=q, k_MHK=k, v_MHV=v, scales=scales, solve=solve, attend=attend, layout=layout, state_PHKV=state,
         keep_states=train and keeps_states(k.shape[2], v.shape[2], v.element_size()), precision=_precision(v))
-    if maps is not None:
-        last = last[layout.segment_spans.sum(1) - 1]
-    return o, square, last, (state, scales, solve, attend, states, residual, maps)
+    return o, square, last, (state, scales, solve, attend, states, residual, turned)
 
 
 def rule_backward(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, beta: Tensor, kept: Sequence[Tensor | None],
                   layout: Layout, do: Tensor, dlast: Tensor | None, write_dv: bool = True) -> tuple[Tensor, ...]:
-    """(dq, dk, dv, dlog_decay, dbeta, dstate) from contiguous do and the last state's gradient; write_dv as below."""
+    """(dq, dk, dv, dlog_decay, dbeta, dstate of every span) from contiguous do and the last states' gradients; write_dv
+    as below.
+    """
     asked = None if kept[-1] is None else asked_of_spans(q, k, kept, layout, do)
     walked = walk_back(q, k, v, kept, layout, do, dlast, asked)
     gradients = gradients_of_chunks(q, k, v, log_decay, beta, kept, layout, do, walked, write_dv)
-    dstate = walked[2]
-    return *gradients, dstate if kept[-1] is None else dstate[layout.segment_spans[:, 0]]
+    return *gradients, walked[2]
 
 
 def asked_of_spans(q: Tensor, k: Tensor, kept: Sequence[Tensor | None], layout: Layout, do: Tensor) -> Tensor:
@@ -161,11 +168,11 @@ def asked_of_spans(q: Tensor, k: Tensor, kept: Sequence[Tensor | None], layout: 
 def walk_back(q: Tensor, k: Tensor, v: Tensor, kept: Sequence[Tensor | None], layout: Layout, do: Tensor,
               dlast: Tensor | None, asked: Tensor | None) -> tuple[Tensor, ...]:
     """(dr, dstates, dstate, states, residual) of all chunks; asked: of the spans, where sequences are split."""
-    state, scales, solve, attend, states, residual, maps = kept
+    state, scales, solve, attend, states, residual, turned = kept
     precision = _precision(v)
     dlast = None if dlast is None else dlast.contiguous()
-    if maps is not None:
-        dlast = leaving_gradients(maps=maps, dentering=asked, layout=layout, dstate_NHKV=dlast)
+    if turned is not None:
+        dlast = leaving_gradients(turned=turned, dentering=asked, layout=layout, dstate_NHKV=dlast, precision=precision)
     back = walk_backward(q_MHK=q, k_MHK=k, do_MHV=do, scales=scales, solve=solve, attend=attend, layout=layout,
                          dstate_PHKV=dlast, precision=precision)
     if states is None:

@@ -17,25 +17,29 @@ from torch import Tensor
 
 from hola_kernels.gated_delta.triton_layout import Layout
 from hola_kernels.triton_config import launch_of
+from hola_kernels.triton_tf32 import nearest_tf32
 
 GAIN = 2.5  # split when the longest sequence takes this many times its share of the GPU
 LEAST_CHUNKS = 16  # of a span
 
 
 @triton.jit
-def _scan_kernel(maps, additions, segment_spans, first_state, states,
-                 H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, WIDTH: tl.constexpr, TILE: tl.constexpr,
-                 B: tl.constexpr, PRECISION: tl.constexpr, HAS_STATE: tl.constexpr, REVERSE: tl.constexpr):
+def _scan_kernel(matrices, additions, segment_spans, first_state, states,
+                 H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, MW: tl.constexpr, AW: tl.constexpr,
+                 TILE: tl.constexpr, B: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
+                 HAS_STATE: tl.constexpr, REVERSE: tl.constexpr):
     """One program per TILE state columns, head and segment: the state at the near side of every span.
 
-    Registers: the state [K, TILE] fp32. M passes in blocks [K, B]; the state's blocks [B, TILE] are read back
-    from where they were just written. additions [P, H, K, AW]: E, or dE in REVERSE.
+    matrices [P, H, K, MW]: M in its last K columns, in REVERSE M^T; either way its rows are what a product reads.
+    additions [P, H, K, AW]: E or, in REVERSE, dE in the first V columns.
+
+    Registers: the state [K, TILE] fp32. Shared memory: a block [K, B] of the matrix, STAGES deep. The state's
+    blocks [B, TILE] are read back from where they were just written.
     """
     pid = tl.program_id(0)
     tile, head, segment = pid % (V // TILE), (pid // (V // TILE)) % H, pid // (V // TILE * H)
     first = tl.load(segment_spans + segment * 2)
     count = tl.load(segment_spans + segment * 2 + 1)
-    AW: tl.constexpr = V if REVERSE else WIDTH
     dim, block, col = tl.arange(0, K), tl.arange(0, B), tile * TILE + tl.arange(0, TILE)
     state_KT = tl.zeros([K, TILE], tl.float32)
     if HAS_STATE:
@@ -44,37 +48,43 @@ def _scan_kernel(maps, additions, segment_spans, first_state, states,
         span = first + (count - 1 - i if REVERSE else i)
         here = (span * H + head).to(tl.int64)
         tl.store(states + here * (K * V) + dim[:, None] * V + col[None, :], state_KT)
-        tl.debug_barrier()  # all rows are written before any is read back
-        state_KT = tl.load(additions + here * (K * AW) + dim[:, None] * AW + col[None, :])
-        for j in range(K // B):
-            at = j * B + block
-            part_BT = tl.load(states + here * (K * V) + at[:, None] * V + col[None, :])
-            if REVERSE:
-                m_KB = tl.load(maps + here * (K * WIDTH) + at[None, :] * WIDTH + V + dim[:, None])
-            else:
-                m_KB = tl.load(maps + here * (K * WIDTH) + dim[:, None] * WIDTH + V + at[None, :])
-            state_KT = tl.dot(m_KB, part_BT, state_KT, input_precision=PRECISION)
+        if i + 1 < count:  # nobody asks for the state behind the last span
+            tl.debug_barrier()  # all rows are written before any is read back
+            state_KT = tl.load(additions + here * (K * AW) + dim[:, None] * AW + col[None, :])
+            blocks = K // B if HAS_STATE else tl.where(i > 0, K // B, 0)  # there is nothing to multiply at first
+            for j in tl.range(0, blocks, num_stages=STAGES):
+                at = j * B + block
+                part_BT = tl.load(states + here * (K * V) + at[:, None] * V + col[None, :])
+                if PRECISION == "tf32":
+                    part_BT = nearest_tf32(part_BT)
+                m_KB = tl.load(matrices + here * (K * MW) + dim[:, None] * MW + (MW - K) + at[None, :])
+                state_KT = tl.dot(m_KB, part_BT, state_KT, input_precision=PRECISION)
 
 
-def entering_states(*, maps: Tensor, layout: Layout, state_NHKV: Tensor | None, value_dim: int) -> Tensor:
+def entering_states(*, maps: Tensor, layout: Layout, state_NHKV: Tensor | None, value_dim: int,
+                    precision: str) -> Tensor:
     """The state entering each span [P, H, K, V] fp32, from [E | M] of each and the states entering the segments."""
-    return _scan(maps, maps, layout, state_NHKV, value_dim, reverse=False)
+    return _scan(maps, maps, layout, state_NHKV, value_dim, precision, reverse=False)
 
 
-def leaving_gradients(*, maps: Tensor, dentering: Tensor, layout: Layout, dstate_NHKV: Tensor | None) -> Tensor:
-    """The gradient of the state leaving each span [P, H, K, V], from dE of each and that of the final states."""
-    return _scan(maps, dentering, layout, dstate_NHKV, dentering.shape[3], reverse=True)
+def leaving_gradients(*, turned: Tensor, dentering: Tensor, layout: Layout, dstate_NHKV: Tensor | None,
+                      precision: str) -> Tensor:
+    """The gradient of the state leaving each span [P, H, K, V], from M^T and dE of each and that of the final states.
+
+    turned: [P, H, K, K] fp32.
+    """
+    return _scan(turned, dentering, layout, dstate_NHKV, dentering.shape[3], precision, reverse=True)
 
 
-def _scan(maps: Tensor, additions: Tensor, layout: Layout, first: Tensor | None, value_dim: int,
+def _scan(matrices: Tensor, additions: Tensor, layout: Layout, first: Tensor | None, value_dim: int, precision: str,
           reverse: bool) -> Tensor:
-    spans, heads, key_dim, width = maps.shape
-    launch = launch_of("gated_delta_scan", key_dim)
-    states = maps.new_empty(spans, heads, key_dim, value_dim)
+    spans, heads, key_dim, width = matrices.shape
+    launch = launch_of("gated_delta_scan", key_dim, 2 if precision == "tf32" else 4)
+    states = matrices.new_empty(spans, heads, key_dim, value_dim)
     _scan_kernel[(layout.segment_count * heads * (value_dim // launch.tile),)](
-        maps, additions, layout.segment_spans, first, states, H=heads, K=key_dim, V=value_dim, WIDTH=width,
-        TILE=launch.tile, B=32, PRECISION="tf32x3", HAS_STATE=first is not None, REVERSE=reverse,
-        num_warps=launch.warps, num_stages=launch.stages)
+        matrices, additions, layout.segment_spans, first, states, H=heads, K=key_dim, V=value_dim, MW=width,
+        AW=additions.shape[3], TILE=launch.tile, B=32, PRECISION=precision, STAGES=launch.stages,
+        HAS_STATE=first is not None, REVERSE=reverse, num_warps=launch.warps)
     return states
 
 

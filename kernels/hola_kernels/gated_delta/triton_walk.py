@@ -25,18 +25,19 @@ from hola_kernels.descriptors import tiles_of
 from hola_kernels.gated_delta.triton_layout import CHUNK, Layout
 from hola_kernels.gated_delta.triton_prepare import BETA, DECAY, KEY_IN, KEY_OUT, QUERY_IN, SCALES
 from hola_kernels.triton_config import Launch, launch_of
+from hola_kernels.triton_tf32 import nearest_tf32
 
 
 @triton.jit
 def _forward_kernel(q, k, v, solve, attend, scale_rows, scales, spans, one, state_in, state_out,
-                    o, square, residual, states,
+                    o, square, residual, states, turned,
                     H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
                     ROWS: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
                     HAS_STATE: tl.constexpr, OUTPUT: tl.constexpr, STATES: tl.constexpr, MAPS: tl.constexpr):
     """OUTPUT: writes o, the squares of the score and the last state. STATES: each chunk's incoming state and residual.
 
-    MAPS: the affine map of the span, S_out = M S_in + E, as [E | M] [K, V + K]; columns past V start from the
-    identity and see no values.
+    MAPS: the affine map of the span, S_out = M S_in + E, as [E | M] [K, V + K], and M^T; columns past V start from the
+    identity and see no values. M meets tf32 products where inputs have 16 bits, and is made to fit them.
     Registers: S^T [BV, K] fp32, a 16-bit copy of it, one [BV, 64] accumulator. Shared memory: k, q [64, K],
     v [64, BV], U, P [64, 64], STAGES deep, filled by tensor descriptors. Device memory: nothing but inputs and outputs.
     """
@@ -115,6 +116,15 @@ def _forward_kernel(q, k, v, solve, attend, scale_rows, scales, spans, one, stat
             high_VK = tl.dot(out_VC, k_high, high_VK * decay, input_precision=PRECISION)
             if OUTPUT:
                 high_VK *= one
+    if MAPS and tile * BV >= V:
+        turned_tile = (span * H + head).to(tl.int64) * (K * K) + (col - V)[:, None] * K + dim[None, :]
+        if PRECISION == "tf32":
+            low_VK = nearest_tf32(low_VK)
+        tl.store(turned + turned_tile, low_VK)
+        if K > KL:
+            if PRECISION == "tf32":
+                high_VK = nearest_tf32(high_VK)
+            tl.store(turned + KL + turned_tile, high_VK)
     if OUTPUT or MAPS:
         tl.store(state_out + state_tile, low_VK)
         if K > KL:
@@ -208,7 +218,7 @@ def walk_forward(*, q_MHK: Tensor, k_MHK: Tensor, v_MHV: Tensor, scales: Tensor,
     _forward_kernel[(layout.span_count * heads * (value_dim // launch.tile),)](
         _keys(q_MHK), _keys(k_MHK), _values(v_MHV, launch), _matrices(solve), _matrices(attend), _scale_rows(scales),
         scales, layout.spans, 1.0, state_PHKV, state_out, o, square, residual,
-        _states(states, launch) if keep_states else None, H=heads, K=key_dim, V=value_dim,
+        _states(states, launch) if keep_states else None, None, H=heads, K=key_dim, V=value_dim,
         HAS_STATE=state_PHKV is not None, OUTPUT=True, STATES=keep_states, MAPS=False, **_options(launch, precision))
     return o, square, state_out, states, residual
 
@@ -222,24 +232,27 @@ def recompute_states(*, k_MHK: Tensor, v_MHV: Tensor, scales: Tensor, solve: Ten
     states = v_MHV.new_empty(layout.chunk_count, heads, value_dim, key_dim)
     _forward_kernel[(layout.span_count * heads * (value_dim // launch.tile),)](
         None, _keys(k_MHK), _values(v_MHV, launch), _matrices(solve), None, _scale_rows(scales), scales, layout.spans,
-        1.0, state_PHKV, None, None, None, residual, _states(states, launch), H=heads, K=key_dim, V=value_dim,
+        1.0, state_PHKV, None, None, None, residual, _states(states, launch), None, H=heads, K=key_dim, V=value_dim,
         HAS_STATE=state_PHKV is not None, OUTPUT=False, STATES=True, MAPS=False, **_options(launch, precision))
     return states, residual
 
 
 def span_maps(*, k_MHK: Tensor, v_MHV: Tensor, scales: Tensor, solve: Tensor, layout: Layout,
-              precision: str) -> Tensor:
-    """What each span does to the state that enters it, S_out = M S_in + E: [E | M] [P, H, K, V + K] fp32."""
+              precision: str) -> tuple[Tensor, Tensor]:
+    """What each span does to the state that enters it, S_out = M S_in + E: [E | M] [P, H, K, V + K] and M^T
+    [P, H, K, K], fp32.
+    """
     (_, heads, value_dim), key_dim = v_MHV.shape, k_MHK.shape[2]
     launch = launch_of("gated_delta_states", key_dim, value_dim, v_MHV.element_size())
     if launch.tile > key_dim:
         launch = Launch(key_dim, 4, launch.stages)
     maps = v_MHV.new_empty(layout.span_count, heads, key_dim, value_dim + key_dim, dtype=torch.float32)
+    turned = maps.new_empty(layout.span_count, heads, key_dim, key_dim)
     _forward_kernel[(layout.span_count * heads * ((value_dim + key_dim) // launch.tile),)](
         None, _keys(k_MHK), _values(v_MHV, launch), _matrices(solve), None, _scale_rows(scales), scales, layout.spans,
-        1.0, None, maps, None, None, None, None, H=heads, K=key_dim, V=value_dim, HAS_STATE=False, OUTPUT=False,
+        1.0, None, maps, None, None, None, None, turned, H=heads, K=key_dim, V=value_dim, HAS_STATE=False, OUTPUT=False,
         STATES=False, MAPS=True, **_options(launch, precision))
-    return maps
+    return maps, turned
 
 
 def walk_backward(*, q_MHK: Tensor, k_MHK: Tensor, do_MHV: Tensor, scales: Tensor, solve: Tensor, attend: Tensor,

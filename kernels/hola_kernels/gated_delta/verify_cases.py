@@ -23,6 +23,7 @@ KINDS = {
     "equal keys": {"cuts": (0, 300), "decay": 0.0, "spread": 0.2},
     "fast": {"cuts": (0, 130, 257), "decay": 3.0},
     "split": {"cuts": (0, 0, 200, 201, 600), "decay": 0.02, "chunks_a_span": 2},
+    "split, many spans": {"cuts": (0, 2000), "decay": 0.003, "chunks_a_span": 2, "heads": 1},
 }
 
 
