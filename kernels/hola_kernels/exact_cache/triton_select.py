@@ -20,7 +20,7 @@ from hola_kernels.backend import interpreted
 from hola_kernels.exact_cache.selection_plan import CANDIDATES, SelectionPlan
 from hola_kernels.integers import next_power_of_2
 
-WIDEST = 8192  # candidates of a tile, where the lists of many spans are joined: 16 a thread, as with CANDIDATES
+WIDEST = 8192  # candidates of a tile, where the lists of many spans are joined
 
 
 @triton.jit
@@ -112,7 +112,7 @@ def launch_top_slots(*, jobs: Tensor, score_MH: Tensor, list_rows: Tensor, list_
     _top_slots_kernel[(jobs.shape[0], heads)](
         jobs, score_MH, list_rows, list_score, jobs if to is None else to, rows,
         rows if row_score is None else row_score, heads, slots, SLOTS=next_power_of_2(slots), TILE=tile,
-        WRITE_SCORE=row_score is not None, SCATTER=to is not None, num_warps=max(tile // 512, 4))
+        WRITE_SCORE=row_score is not None, SCATTER=to is not None, num_warps=4)
 
 
 def select_slots(*, score_MH: Tensor, plan: SelectionPlan, slots: int, incoming_rows: Tensor | None = None,
@@ -138,7 +138,7 @@ def select_slots(*, score_MH: Tensor, plan: SelectionPlan, slots: int, incoming_
         list_rows = torch.empty(spans, heads, slots, dtype=torch.int32, device=device)
         list_score = torch.empty(spans, heads, slots, dtype=torch.float32, device=device)
         launch_top_slots(jobs=plan.prefix, score_MH=score_MH, list_rows=own_rows, list_score=own_score,
-                         rows=list_rows, row_score=list_score, most=total * slots)
+                         rows=list_rows, row_score=list_score, most=(total - 1) * slots)
     if list_rows is None:
         list_rows, list_score = rows, score_MH  # no job reads them
     launch_top_slots(jobs=jobs, score_MH=score_MH, list_rows=list_rows, list_score=list_score, rows=rows)
