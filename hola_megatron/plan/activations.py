@@ -183,8 +183,8 @@ def _delta(share: Share, exact_cache: bool) -> list[Term]:
     if share.interleaved:
         terms.append(Term("kernels", "output gate as rows of a head", tokens * value * e))
     if share.spans:
-        maps = share.spans * heads * model.key_dim * (2 * model.value_dim + model.key_dim) * FLOAT32
-        terms.append(Term("kernels", "maps and entering states of spans", maps))
+        kept = share.spans * heads * model.key_dim * (model.value_dim + model.key_dim) * FLOAT32
+        terms.append(Term("kernels", "maps (transposed) and entering states of spans", kept))
     if exact_cache:
         units = share.sequences * math.ceil(share.longest / model.cache.block)
         terms += [Term("kernels", "exact read before it is added", tokens * value * e),

@@ -26,6 +26,11 @@ from warpgroup_registers import overwritten
 
 from hola_kernels import backend, gated_rms_norm, hola_attention, hola_attention_step, short_conv, short_conv_step
 from hola_kernels.cross_entropy import cross_entropy_
+from hola_kernels.exact_cache.read_configs import read_config
+from hola_kernels.exact_cache.triton_best import best_rows
+from hola_kernels.exact_cache.triton_forward import launch_inverse_norms
+from hola_kernels.exact_cache.triton_read import Blocks
+from hola_kernels.exact_cache.triton_split_read import begin_split_read, launch_read_own, launch_read_rest
 from hola_kernels.gated_delta import triton_rule
 from hola_kernels.gates import decay_and_strength
 from hola_kernels.rms_norm import rms_norm
@@ -61,6 +66,22 @@ def long(dtype: torch.dtype, width: int) -> None:
     x = attention_inputs(1, 5000, 1, width, width, dtype, 0, "cpu")
     y = hola_attention(**x, backend="triton", cu_seqlens=torch.tensor([0, 5000]))
     torch.autograd.grad(y, list(x.values()), torch.ones_like(y))
+
+
+def ranks(dtype: torch.dtype, width: int) -> None:
+    """What context ranks launch besides: the read in two passes, with an incoming memory, and a rank's best tokens."""
+    x = attention_inputs(1, 700, 2, width, width, dtype, 0, "cpu")
+    x = {name: value.detach().flatten(0, 1) if value.ndim > 2 else value.detach() for name, value in x.items()}
+    blocks = Blocks.cut(torch.tensor([0, 700]), 700, block=256, slots=64, dense=False, incoming=True)
+    norm = launch_inverse_norms(x_MHD=x["k"], mean=1 / width)
+    read = begin_split_read(
+        q_MHK=x["q"], k_RHK=x["k"], v_RHV=x["v"], key_norm_RH=norm, gamma_q=x["gamma_q"], gamma_k=x["gamma_k"],
+        sink_H=x["sink"], units=blocks.units, mean=1 / width, tile=read_config(width, width, dtype).forward, opened=9,
+        opened_segments=1)
+    launch_read_own(read, (0, blocks.units.units))
+    slots = torch.zeros(blocks.units.units, 2, 64, dtype=torch.int32)
+    launch_read_rest(read, gate_H=x["gate"], o_state_MHV=x["v"], slots_UHw=slots, incoming=True)
+    best_rows(x["beta"], ((0, 700),), 64)
 
 
 def step(dtype: torch.dtype, width: int) -> None:
@@ -113,7 +134,7 @@ def main() -> None:
     JITFunction.run = compile_only
     backend.triton_problem = lambda _: None
     torch.manual_seed(0)
-    {"attention": attention, "long": long, "step": step, "around": around}[asked["operation"]](
+    {"attention": attention, "long": long, "ranks": ranks, "step": step, "around": around}[asked["operation"]](
         getattr(torch, asked["dtype"]), asked["width"])
     print(json.dumps({f"{kernel.metadata.name} {key[:6]}": needs(kernel) for key, kernel in compiled.items()}))
 

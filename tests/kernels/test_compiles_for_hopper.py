@@ -19,8 +19,8 @@ SPILLED = 600        # bytes of stack a thread: 560 today, of the sums over all 
 
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
 @pytest.mark.parametrize(("operation", "dtype", "width", "kernels"), [
-    ("attention", "bfloat16", 128, 17), ("long", "bfloat16", 256, 24), ("step", "bfloat16", 256, 4),
-    ("around", "bfloat16", 256, 14)])
+    ("attention", "bfloat16", 128, 17), ("long", "bfloat16", 256, 24), ("ranks", "bfloat16", 128, 5),
+    ("step", "bfloat16", 256, 4), ("around", "bfloat16", 256, 14)])
 def test_compiles_for_hopper(operation, dtype, width, kernels, tmp_path):
     asked = json.dumps({"operation": operation, "dtype": dtype, "width": width})
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}

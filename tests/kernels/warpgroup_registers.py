@@ -2,9 +2,9 @@
 
 A warp group's product (HGMMA) runs on while its warps go on. One that takes its left operand from registers reads them
 until it is done, so nothing may write these registers before a wait (WARPGROUP.DEPBAR) that covers the product. Triton
-3.6 and 3.7 leave such a product running into a loop's next step, where the assembler, which does not look around the
-loop, hands the registers out again: seen on an H200 with triton 3.7.1 as a row of NaN in one of fifty backward passes
-while other processes kept the tensor cores busy.
+3.6 and 3.7 leave such a product running into a loop's next step, where its registers are handed out again
+(triton-lang/triton issue 9433): seen on an H200 with triton 3.7.1 as rows of NaN in one of fifty backward passes while
+other processes kept the tensor cores busy.
 """
 
 from __future__ import annotations

@@ -132,8 +132,8 @@ def _pair_gradient_kernel(q, k, v, dy, k_ptr, v_ptr, query_norm_ptr, key_norm_pt
                 key = tl.load(k_at + d, mask=seen[:, None], other=0.0)
             else:
                 key = k.load([start + first_place, h * K + d])
-            # times one (a number the compiler does not know): no product is left running into the next step, where its
-            # scaled queries' registers are handed out again before anything waits for it
+            # times one (a number the compiler does not know): no product is left running into the next step, where the
+            # registers of its scaled queries would be written before anything waits for it (triton issue 9433)
             logit = tl.dot(scaled, tl.trans(key), logit, input_precision=PRECISION) * one
 
         v_at = v_ptr + (row_C * v_stride + h * V)[:, None] + d_D[None, :]
