@@ -34,6 +34,7 @@ class SelectionPlan:
     own_list      [spans] int64: where the list of each span lies among the lists (after its
                   segment's incoming list, where there are incoming ones)
     incoming_list [N] int64: where the incoming list of each segment lies
+    lists         that a job of prefix can join, from shapes alone
 
     own and prefix write a list a span; `unit` and `final` read prefix, or the incoming lists where
     prefix is None.
@@ -45,6 +46,7 @@ class SelectionPlan:
     final: Tensor
     own_list: Tensor
     incoming_list: Tensor
+    lists: int
 
 
 def selection_plan(cuts: Tensor, tokens: int, block: int, slots: int, units: int, *, dense: bool,
@@ -113,7 +115,8 @@ def _build(cuts: Tensor, tokens: int, longest: int, block: int, slots: int, unit
         own_jobs = torch.where(real, _jobs(nothing, nothing, start, end), 0)
         from_list = first_span[segment] + (segment if incoming else 0)
         prefix_jobs = torch.where(real, _jobs(from_list, own_list, nothing, nothing), 0)
-    return SelectionPlan(own_jobs, prefix_jobs, unit_jobs, final_jobs, own_list, incoming_list)
+    lists = (longest - 1) // (per_span * block) + int(incoming)  # of all spans but the last
+    return SelectionPlan(own_jobs, prefix_jobs, unit_jobs, final_jobs, own_list, incoming_list, lists)
 
 
 def _segment_of(first: Tensor, index: Tensor) -> Tensor:

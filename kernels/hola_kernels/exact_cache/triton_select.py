@@ -138,7 +138,7 @@ def select_slots(*, score_MH: Tensor, plan: SelectionPlan, slots: int, incoming_
         list_rows = torch.empty(spans, heads, slots, dtype=torch.int32, device=device)
         list_score = torch.empty(spans, heads, slots, dtype=torch.float32, device=device)
         launch_top_slots(jobs=plan.prefix, score_MH=score_MH, list_rows=own_rows, list_score=own_score,
-                         rows=list_rows, row_score=list_score, most=(total - 1) * slots)
+                         rows=list_rows, row_score=list_score, most=plan.lists * slots)
     if list_rows is None:
         list_rows, list_score = rows, score_MH  # no job reads them
     launch_top_slots(jobs=jobs, score_MH=score_MH, list_rows=list_rows, list_score=list_score, rows=rows)
