@@ -40,7 +40,7 @@ def launch_of(kernel: str, *key: int) -> Launch:
 DIMENSIONS = (64, 128, 256)
 for _k in DIMENSIONS:
     _wide = _k > 128
-    register("gated_delta_scan", {(_k, 2): Launch(16, 4, 3), (_k, 4): Launch(16, 8 if _k > 64 else 4, 3)})
+    register("gated_delta_scan", {(_k,): Launch(16, 8 if _k > 64 else 4, 3)})
     register("gated_delta_prepare", {(_k, 2): Launch(64, 4, 3, 168), (_k, 4): Launch(64, 4, 2)})
     for _v in DIMENSIONS:
         if _v > 64:

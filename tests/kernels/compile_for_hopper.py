@@ -4,8 +4,8 @@
 
 Triton asks its driver for the device and lets it launch; this one is a Hopper that launches nothing, so a call on CPU
 tensors goes through all its kernels and returns what happened to be in memory. Prints one JSON object: of every kernel
-the bytes of shared memory and of stack (spilled registers), and the registers that a running product reads and
-something writes (`warpgroup_registers`).
+the bytes of shared memory and of stack (spilled registers), how many products read registers, and which of these
+something writes meanwhile (`warpgroup_registers`).
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
-from warpgroup_registers import overwritten
+from warpgroup_registers import overwritten, parse, register_operand
 
 from hola_kernels import backend, gated_rms_norm, hola_attention, hola_attention_step, short_conv, short_conv_step
 from hola_kernels.cross_entropy import cross_entropy_
 from hola_kernels.exact_cache.read_configs import read_config
 from hola_kernels.exact_cache.triton_best import best_rows
 from hola_kernels.exact_cache.triton_forward import launch_inverse_norms
-from hola_kernels.exact_cache.triton_read import Blocks
+from hola_kernels.exact_cache.triton_read import Blocks, exact_read_backward
 from hola_kernels.exact_cache.triton_split_read import begin_split_read, launch_read_own, launch_read_rest
 from hola_kernels.gated_delta import triton_rule
 from hola_kernels.gates import decay_and_strength
@@ -69,7 +69,8 @@ def long(dtype: torch.dtype, width: int) -> None:
 
 
 def ranks(dtype: torch.dtype, width: int) -> None:
-    """What context ranks launch besides: the read in two passes, with an incoming memory, and a rank's best tokens."""
+    """What context ranks launch besides: the read in two passes and its backward, with an incoming memory, and a
+    rank's best tokens."""
     x = attention_inputs(1, 700, 2, width, width, dtype, 0, "cpu")
     x = {name: value.detach().flatten(0, 1) if value.ndim > 2 else value.detach() for name, value in x.items()}
     blocks = Blocks.cut(torch.tensor([0, 700]), 700, block=256, slots=64, dense=False, incoming=True)
@@ -80,8 +81,13 @@ def ranks(dtype: torch.dtype, width: int) -> None:
         opened_segments=1)
     launch_read_own(read, (0, blocks.units.units))
     slots = torch.zeros(blocks.units.units, 2, 64, dtype=torch.int32)
-    launch_read_rest(read, gate_H=x["gate"], o_state_MHV=x["v"], slots_UHw=slots, incoming=True)
+    y, o_cache, lse, query_norm = launch_read_rest(read, gate_H=x["gate"], o_state_MHV=x["v"], slots_UHw=slots,
+                                                   incoming=True)
+    exact_read_backward(**{name: x[name] for name in ("q", "k", "v", "gamma_q", "gamma_k", "sink", "gate")},
+                        key_norm=norm, o_cache=o_cache, lse=lse, query_norm=query_norm, slots_UHw=slots, blocks=blocks,
+                        mean=1 / width, dy=y)
     best_rows(x["beta"], ((0, 700),), 64)
+    best_rows(x["beta"].repeat(200, 1), ((0, 140_000),), 64)  # so many spans that their lists fill a wider tile
 
 
 def step(dtype: torch.dtype, width: int) -> None:
@@ -117,8 +123,9 @@ def needs(kernel: triton.compiler.CompiledKernel) -> dict[str, int | list[str]]:
         file.flush()
         resources, sass = (subprocess.run([CUOBJDUMP, option, file.name], capture_output=True, text=True,
                                           check=True).stdout for option in ("--dump-resource-usage", "-sass"))
+    program = parse(sass)
     return {"shared": kernel.metadata.shared, "stack": int(re.search(r"STACK:(\d+)", resources)[1]),
-            "overwritten": overwritten(sass)}
+            "register products": sum(bool(register_operand(x)) for x in program), "overwritten": overwritten(program)}
 
 
 def main() -> None:

@@ -42,8 +42,11 @@ else:
     def test_half_precision():
         check({"cuts": (0, 100), "decay": 0.01}, dtype=torch.float16)
 
-    def test_half_precision_in_spans_with_maps_that_fit_tf32():
+    def test_half_precision_in_spans():
         check(KINDS["split"] | {"cuts": (0, 0, 20, 300), "chunks_a_span": 1, "heads": 1}, dtype=torch.float16)
+
+    def test_what_is_remembered_over_many_spans_is_not_worn_down():
+        check(KINDS["split, remembered"], dtype=torch.float16)
 
     def test_only_empty_documents_hand_the_state_on():
         x = torch.randn(1, 0, 2, 64)

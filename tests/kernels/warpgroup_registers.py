@@ -13,7 +13,6 @@ import re
 from dataclasses import dataclass
 
 INSTRUCTION = re.compile(r"^\s*/\*([0-9a-f]{4,})\*/\s+(.*?)\s*;")
-OPERAND = re.compile(r"\b(?:R\d+|RZ|P\d|PT|UP\d|UR\d+|URZ|PR|gdesc\[[^\]]*\]|B\d+)\b|\[[^\]]*\]|gdesc\[[^\]]*\]")
 
 
 @dataclass(frozen=True)
@@ -27,14 +26,14 @@ class Instruction:
         return self.text.split()[0]
 
 
-def overwritten(sass: str) -> list[str]:
-    """What `cuobjdump -sass` printed of one kernel -> a line for every register written too early."""
-    program = list(parse(sass))
+def overwritten(program: list[Instruction]) -> list[str]:
+    """A line for every register operand of a product that is written too early."""
     return [line for at, instruction in enumerate(program) if register_operand(instruction)
             for line in _first_writes(program, at)]
 
 
 def parse(sass: str) -> list[Instruction]:
+    """What `cuobjdump -sass` printed of one kernel."""
     found = []
     for line in sass.splitlines():
         matched = INSTRUCTION.match(line)
@@ -48,7 +47,7 @@ def parse(sass: str) -> list[Instruction]:
 
 def register_operand(instruction: Instruction) -> frozenset[int]:
     """The registers of a product's left operand; none if it lies in shared memory. Four of 16-bit or tf32 numbers."""
-    matched = re.match(r"HGMMA\S*\s+R\d+, R(\d+),", instruction.text)
+    matched = re.match(r"HGMMA\S*\s+R\d+, R(\d+)(?:\.reuse)?,", instruction.text)
     return frozenset(range(int(matched[1]), int(matched[1]) + 4)) if matched else frozenset()
 
 
@@ -59,37 +58,53 @@ def _first_writes(program: list[Instruction], product: int) -> list[str]:
     open_ways, seen, found = [(product, False, 0)], set(), []
     while open_ways:
         way = at, closed, after = open_ways.pop()
-        if way in seen or at >= len(program):
+        if way in seen:
             continue
         seen.add(way)
         instruction = program[at]
         if instruction.code.startswith("HGMMA") and "gsb0" in instruction.text:
             closed, after = True, min(after + closed, 8)
         waited = re.match(r"WARPGROUP\.DEPBAR\.LE gsb0, 0x(\d+)", instruction.text)
-        if waited and closed and after >= int(waited[1]):
+        if waited and not instruction.conditional and closed and after >= int(waited[1]):
             continue
         if at != product and registers & written(instruction):
             found.append(f"{program[product].address:#x} {program[product].text}: R{min(registers)} and on written at "
                          f"{instruction.address:#x} {instruction.text}")
             continue
-        branch = re.search(r"\b(?:BRA|BRX|JMP)\b.*?0x([0-9a-f]+)", instruction.text)
-        if branch:
-            open_ways.append((place.get(int(branch[1], 16), len(program)), closed, after))
-        if not (branch or instruction.code in ("EXIT", "RET")) or instruction.conditional:
-            open_ways.append((at + 1, closed, after))
+        open_ways += [(place[address], closed, after) for address in ways_on(program, at)]
     return found
+
+
+def ways_on(program: list[Instruction], at: int) -> list[int]:
+    """Addresses that may come next. A called function is looked into and passed by. ValueError: a jump to somewhere."""
+    instruction = program[at]
+    code, _, rest = instruction.text.partition(" ")
+    following = [x.address for x in program[at + 1: at + 2]]
+    if code.startswith(("EXIT", "RET")):
+        return following if instruction.conditional else []
+    if not code.startswith(("BRA", "BRX", "JMP", "JMX", "CALL")) or code.startswith("BREAK"):
+        return following
+    target = re.search(r"(?:^|[ ,])0x([0-9a-f]+)$", rest.strip())
+    if not target or code.startswith(("BRX", "JMX")):
+        raise ValueError(f"{instruction.address:#x} {instruction.text}: where it leads is not known")
+    always = re.fullmatch(r"0x[0-9a-f]+", rest.strip()) and not instruction.conditional and not code.startswith("CALL")
+    return [int(target[1], 16)] + ([] if always else following)
 
 
 def written(instruction: Instruction) -> frozenset[int]:
     """Registers that an instruction writes; accumulators of products aside, which Triton's waits do cover."""
     code, _, rest = instruction.text.partition(" ")
-    if code.startswith(("HGMMA", "ST", "RED", "BAR", "SYNCS", "WARPGROUP", "UTMA", "R2UR", "R2P")):
+    if code.startswith(("HGMMA", "ST", "RED", "BAR", "WARPGROUP", "UTMA")):
         return frozenset()
     operands = [x.strip() for x in rest.split(",")]
-    if operands and re.fullmatch(r"P\d|PT", operands[0]) and len(operands) > 1:
+    if re.fullmatch(r"P\d|PT", operands[0]) and len(operands) > 1:
         operands = operands[1:]
-    matched = re.fullmatch(r"R(\d+)(?:\.\w+)?", operands[0]) if operands else None
+    matched = re.fullmatch(r"R(\d+)(?:\.\w+)?", operands[0])
     if not matched:
         return frozenset()
-    count = 4 if re.search(r"\.128|\.M88\.4|\.x4", code) else 2 if re.search(r"\.64|WIDE|CS2R|\.M88\.2", code) else 1
+    count = 1
+    if re.search(r"\.128|\.MT?88\.4|^[HIQ]MMA", code):
+        count = 4
+    elif re.search(r"\.64|WIDE|CS2R|\.MT?88\.2|F64|^D[A-Z]+|LEPC", code):
+        count = 2
     return frozenset(range(int(matched[1]), int(matched[1]) + count))

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from hola_kernels.exact_cache.selection_plan import CANDIDATES
 from hola_kernels.exact_cache.triton_select import launch_top_slots
+from hola_kernels.integers import cdiv
 from hola_kernels.memo import by_shape
 
 
@@ -22,8 +23,9 @@ def best_rows(score_MH: Tensor, runs: tuple[tuple[int, int], ...], slots: int) -
     launch_top_slots(jobs=spans, score_MH=score_MH, list_rows=span_rows, list_score=span_score, rows=span_rows,
                      row_score=span_score)
     rows = torch.empty(len(runs), heads, slots, dtype=torch.int32, device=device)
+    lists = max(cdiv(end - start, CANDIDATES) for start, end in runs)
     launch_top_slots(jobs=joins, score_MH=score_MH, list_rows=span_rows, list_score=span_score, rows=rows,
-                     most=spans.shape[0] * slots)
+                     most=lists * slots)
     return rows
 
 

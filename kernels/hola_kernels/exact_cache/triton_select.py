@@ -20,7 +20,7 @@ from hola_kernels.backend import interpreted
 from hola_kernels.exact_cache.selection_plan import CANDIDATES, SelectionPlan
 from hola_kernels.integers import next_power_of_2
 
-WIDEST = 8192  # candidates of a tile, where the lists of many spans are joined
+WIDEST = 4096  # candidates of a tile, where the lists of many spans are joined; 8,192 do not fit the registers
 
 
 @triton.jit

@@ -77,8 +77,7 @@ def asked(q: Tensor, k: Tensor, kept: Sequence[Tensor | None], layout: Layout, a
         only = dataclasses.replace(layout, spans=layout.spans[:spans])
         return asked_of_spans(q, k, kept, only, do), None
     entering = asked_of_spans(q, k, kept, layout, do)
-    leaving = leaving_gradients(turned=turned, dentering=entering, layout=layout, dstate_NHKV=None,
-                                precision=_precision(do))
+    leaving = leaving_gradients(turned=turned, dentering=entering, layout=layout, dstate_NHKV=None)
     step = layout.span_count // layout.segment_count if alike else layout.span_count
     first = slice(None, None, step)  # the first span of every piece
     return entering[first] + turned[first] @ leaving[first], entering

@@ -139,8 +139,7 @@ def finish_rule(q: Tensor, k: Tensor, v: Tensor, begun: tuple[Tensor | None, ...
     scales, solve, attend, maps, turned = begun
     state = None if state is None else state.contiguous()
     if maps is not None:
-        state = entering_states(maps=maps, layout=layout, state_NHKV=state, value_dim=v.shape[2],
-                                precision=_precision(v))
+        state = entering_states(maps=maps, layout=layout, state_NHKV=state, value_dim=v.shape[2])
     o, square, last, states, residual = walk_forward(
         q_MHK=q, k_MHK=k, v_MHV=v, scales=scales, solve=solve, attend=attend, layout=layout, state_PHKV=state,
         keep_states=train and keeps_states(k.shape[2], v.shape[2], v.element_size()), precision=_precision(v))
@@ -172,7 +171,7 @@ def walk_back(q: Tensor, k: Tensor, v: Tensor, kept: Sequence[Tensor | None], la
     precision = _precision(v)
     dlast = None if dlast is None else dlast.contiguous()
     if turned is not None:
-        dlast = leaving_gradients(turned=turned, dentering=asked, layout=layout, dstate_NHKV=dlast, precision=precision)
+        dlast = leaving_gradients(turned=turned, dentering=asked, layout=layout, dstate_NHKV=dlast)
     back = walk_backward(q_MHK=q, k_MHK=k, do_MHV=do, scales=scales, solve=solve, attend=attend, layout=layout,
                          dstate_PHKV=dlast, precision=precision)
     if states is None:

@@ -25,7 +25,6 @@ from hola_kernels.descriptors import tiles_of
 from hola_kernels.gated_delta.triton_layout import CHUNK, Layout
 from hola_kernels.gated_delta.triton_prepare import BETA, DECAY, KEY_IN, KEY_OUT, QUERY_IN, SCALES
 from hola_kernels.triton_config import Launch, launch_of
-from hola_kernels.triton_tf32 import nearest_tf32
 
 
 @triton.jit
@@ -37,7 +36,7 @@ def _forward_kernel(q, k, v, solve, attend, scale_rows, scales, spans, one, stat
     """OUTPUT: writes o, the squares of the score and the last state. STATES: each chunk's incoming state and residual.
 
     MAPS: the affine map of the span, S_out = M S_in + E, as [E | M] [K, V + K], and M^T; columns past V start from the
-    identity and see no values. M meets tf32 products where inputs have 16 bits, and is made to fit them.
+    identity and see no values.
     Registers: S^T [BV, K] fp32, a 16-bit copy of it, one [BV, 64] accumulator. Shared memory: k, q [64, K],
     v [64, BV], U, P [64, 64], STAGES deep, filled by tensor descriptors. Device memory: nothing but inputs and outputs.
     """
@@ -118,12 +117,8 @@ def _forward_kernel(q, k, v, solve, attend, scale_rows, scales, spans, one, stat
                 high_VK *= one
     if MAPS and tile * BV >= V:
         turned_tile = (span * H + head).to(tl.int64) * (K * K) + (col - V)[:, None] * K + dim[None, :]
-        if PRECISION == "tf32":
-            low_VK = nearest_tf32(low_VK)
         tl.store(turned + turned_tile, low_VK)
         if K > KL:
-            if PRECISION == "tf32":
-                high_VK = nearest_tf32(high_VK)
             tl.store(turned + KL + turned_tile, high_VK)
     if OUTPUT or MAPS:
         tl.store(state_out + state_tile, low_VK)
