@@ -56,6 +56,8 @@ def start(recipe: Recipe) -> Layout:
     if problems:
         raise RecipeError(problems)
     adapt_to_cpu()
+    if recipe.parallel.context > 1:
+        keep_float32()
     device = _pick_device()
     if recipe.train.cuda_graph:
         _check_graph_device(device)
@@ -141,6 +143,20 @@ def stop() -> None:
 
         parallel_state.destroy_model_parallel()
         dist.destroy_process_group()
+
+
+def keep_float32() -> None:
+    """Products of float32 stay float32 where the environment asks torch for less, as some containers do.
+
+    A state that goes from rank to rank is multiplied by one map a rank. In tf32 the diagonal of a map that forgets
+    next to nothing is rounded, every time the same way.
+    """
+    asked = torch.get_float32_matmul_precision()
+    if asked != "highest":
+        logging.getLogger(__name__).warning(
+            "torch is set to multiply float32 in less than float32 (%s; TORCH_ALLOW_TF32_CUBLAS_OVERRIDE?): not done "
+            "here, it wears states down that go over many ranks", asked)
+        torch.set_float32_matmul_precision("highest")
 
 
 def _pick_device() -> torch.device:
