@@ -153,10 +153,11 @@ def keep_float32() -> None:
     """
     asked = torch.get_float32_matmul_precision()
     if asked != "highest":
-        logging.getLogger(__name__).warning(
-            "torch is set to multiply float32 in less than float32 (%s; TORCH_ALLOW_TF32_CUBLAS_OVERRIDE?): not done "
-            "here, it wears states down that go over many ranks", asked)
         torch.set_float32_matmul_precision("highest")
+        if os.environ.get("RANK", "0") == "0":
+            logging.getLogger(__name__).warning(
+                "torch is set to multiply float32 in less than float32 (%s; TORCH_ALLOW_TF32_CUBLAS_OVERRIDE?): not "
+                "done here, it wears states down that go over many ranks", asked)
 
 
 def _pick_device() -> torch.device:

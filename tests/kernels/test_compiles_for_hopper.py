@@ -30,7 +30,6 @@ def test_compiles_for_hopper(operation, dtype, width, kernels, tmp_path):
     found = json.loads(done.stdout.splitlines()[-1])
     assert len(found) >= kernels, found
     assert all(needs["shared"] <= SHARED and needs["stack"] <= SPILLED for needs in found.values()), found
-    reads_registers = {name.split()[0] for name, needs in found.items() if needs["register products"]}
-    assert {"_read_own_kernel", "_pair_gradient_kernel", "_prepare_kernel"} & reads_registers or operation in (
-        "step", "around"), "no product was read from the machine code"
+    products = sum(needs["register products"] for needs in found.values())
+    assert products or operation in ("step", "around"), "no product was found in the machine code"
     assert not {name: needs["overwritten"] for name, needs in found.items() if needs["overwritten"]}

@@ -96,14 +96,13 @@ def _run_sums_kernel(slots_ptr, units_ptr, k_part_ptr, v_part_ptr, H, w, block, 
     if not ACROSS:
         begins = begins | (into == 0)
     begins = begins & (row_G >= 0)
-    near = WINDOW - into if ACROSS else 1
+    step = WINDOW - into if ACROSS else 1
     last = following if ACROSS else tl.minimum(following, WINDOW - 1 - into)
-    if (tl.max(begins.to(tl.int32)) > 0) & (near <= last):
+    if (tl.max(begins.to(tl.int32)) > 0) & (step <= last):
         k_at = k_part_ptr + (base * w + slot_G)[:, None] * K + d_K[None, :]
         v_at = v_part_ptr + (base * w + slot_G)[:, None] * V + d_V[None, :]
         dk = tl.load(k_at, mask=begins[:, None], other=0.0).to(tl.float32)
         dv = tl.load(v_at, mask=begins[:, None], other=0.0).to(tl.float32)
-        step = near  # set here: named before the loop's tensors, Triton 3.6 and 3.7 fail to compile this for Hopper
         while step <= last:
             later = (unit + step).to(tl.int64) * H + h
             row_S = tl.load(slots_ptr + later * w + slot_S, mask=slot_S < w, other=-1)
