@@ -32,6 +32,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--bundled", choices=BUNDLED_PARTS, help="perplexity of the Shakespeare text that comes with the project")
     add("--last-word", nargs="+", default=[], metavar="TEXT", help="LAMBADA: passages whose last word is asked for")
     add("--needle", nargs="+", type=int, default=[], metavar="TOKENS", help="a number hidden in texts of these lengths")
+    add("--needle-texts", type=int, default=20, help="texts asked at each of those lengths; default %(default)s")
     add("--text-field", default="text", help="key (jsonl) or column (parquet) of the text; default %(default)s")
     add("--split-on", metavar="LINE", help="txt: a line equal to LINE parts documents ('' = blank lines)")
     add("--window", type=int, help="tokens of a window; default: the length the model was trained at")
@@ -71,7 +72,7 @@ def main() -> int:
         print(words)
         numbers |= {"last_word": {"accuracy": words.accuracy, "perplexity": words.perplexity}}
     for length in args.needle:
-        result = needle(model, tokenizer, length)
+        result = needle(model, tokenizer, length, asked=args.needle_texts, batch=args.batch)
         print(result, flush=True)
         numbers.setdefault("needle", {})[length] = result.right / result.asked
     if args.prompt is not None:
@@ -93,9 +94,9 @@ def _refuse(args: argparse.Namespace) -> None:
         problems.append("--text: nothing to evaluate; give --text, --bundled, --last-word or --needle")
     if args.stream and args.window:
         problems.append("--window: has no meaning with --stream; give one of the two")
-    for name in ("window", "batch"):
+    for name in ("window", "batch", "needle_texts"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
-            problems.append(f"--{name}: {getattr(args, name)} must be at least 1")
+            problems.append(f"--{name.replace('_', '-')}: {getattr(args, name)} must be at least 1")
     if problems:
         raise RecipeError(problems)
 

@@ -3,11 +3,15 @@
 As RULER's first single-needle task: noise sentences, one sentence that names a number at a
 given depth, and a question at the end. The model answers by greedy decoding; the answer is
 right when it contains the number. Texts are cut to a length in tokens, question included.
+
+Small models do not find the task out from a corpus: `needle_documents` are texts of the same form
+with their answers, to mix into one (tools/needle_text.py).
 """
 
 from __future__ import annotations
 
 import random
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +25,7 @@ QUESTION = ("What is the special magic number for {key} mentioned in the provide
             "The special magic number for {key} mentioned in the provided text is")
 KEYS = ("harbor", "lantern", "meadow", "copper", "willow", "violin", "glacier", "saddle")
 ANSWER_TOKENS = 12
+CHARACTERS = (800, 8000)  # of a needle document: 200 to 2,000 tokens of English
 
 
 @dataclass(frozen=True)
@@ -35,35 +40,78 @@ class NeedleResult:
         return f"needle {self.length:>8,} tokens  {self.right}/{self.asked} found ({self.right / self.asked:.2f})"
 
 
-def needle(model: Any, tokenizer: Any, length: int, *, asked: int = 20, seed: int = 0) -> NeedleResult:
-    """Hide a number in `asked` texts of `length` tokens, at depths from start to end."""
-    draw, right = random.Random(seed), 0
+def needle(model: Any, tokenizer: Any, length: int, *, asked: int = 20, batch: int = 1, seed: int = 0) -> NeedleResult:
+    """Hide a number in `asked` texts of `length` tokens, at depths from start to end; `batch` texts at a time."""
+    draw, texts = random.Random(seed), []
     for n in range(asked):
-        key, number = draw.choice(KEYS), str(draw.randint(1_000_000, 9_999_999))
-        ids = haystack(tokenizer, length, key, number, depth=n / max(asked - 1, 1))
-        right += number in _answer(model, tokenizer, ids)
+        key, number = draw.choice(KEYS), _number(draw)
+        texts.append((haystack(tokenizer, length, key, number, depth=n / max(asked - 1, 1)), number))
+    right = 0
+    for first in range(0, asked, batch):
+        group = texts[first:first + batch]
+        answers = _answers(model, tokenizer, [ids for ids, _ in group])
+        right += sum(number in answer for (_, number), answer in zip(group, answers, strict=True))
     return NeedleResult(length, asked, right)
 
 
 def haystack(tokenizer: Any, length: int, key: str, number: str, depth: float) -> list[int]:
-    """Token ids of a text of at most `length` tokens; RecipeError where needle and question do not fit."""
+    """Token ids of a text of at most `length` tokens; RecipeError where needle and question do not fit.
 
-    def encode(text: str) -> list[int]:
-        return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    The text is encoded whole: pieces encoded one by one begin with marks that no text has.
+    """
+
+    def encode(times: int) -> list[int]:
+        before = round(times * depth)
+        text = NOISE * before + NEEDLE.format(key=key, number=number) + NOISE * (times - before)
+        return tokenizer(text + QUESTION.format(key=key), add_special_tokens=False, verbose=False)["input_ids"]
 
     start = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
-    inside, question = encode(NEEDLE.format(key=key, number=number)), encode(QUESTION.format(key=key))
-    noise = encode(NOISE)
-    room = length - len(start) - len(inside) - len(question)
-    if room < 0:
-        raise RecipeError(f"--needle: {length} tokens do not hold needle and question, which take {length - room}")
-    times = room // len(noise)
-    before = round(times * depth)
-    return start + noise * before + inside + noise * (times - before) + question
+    room = length - len(start)
+    bare, one = len(encode(0)), len(encode(1))
+    if bare > room:
+        raise RecipeError(f"--needle: {length} tokens do not hold needle and question, which take {len(start) + bare}")
+    times = (room - bare) // max(one - bare, 1)
+    while len(ids := encode(times)) > room:  # where the first repetition was the cheapest
+        times -= 1
+    return start + ids
+
+
+def needle_documents(count: int, noise: Sequence[str], seed: int = 0) -> Iterator[str]:
+    """`count` texts of 800 to 8,000 characters: one to four numbers among noise, then questions for all with answers.
+
+    Every other text has the task's own noise, the others run through `noise` (sentences), where it has any.
+    """
+    draw = random.Random(seed)
+    for n in range(count):
+        size = int(CHARACTERS[0] * (CHARACTERS[1] / CHARACTERS[0]) ** draw.random())  # short and long ones alike
+        sentences = _sentences(size, noise if n % 2 else (), draw)
+        numbers = {key: _number(draw) for key in draw.sample(KEYS, draw.randint(1, 4))}
+        for key, number in numbers.items():
+            sentences.insert(draw.randint(0, len(sentences)), NEEDLE.format(key=key, number=number))
+        asked = draw.sample(sorted(numbers), len(numbers))
+        yield "".join(sentences) + " ".join(f"{QUESTION.format(key=key)} {numbers[key]}." for key in asked)
+
+
+def _sentences(characters: int, noise: Sequence[str], draw: random.Random) -> list[str]:
+    """Sentences in their order, from a random place on, until they have so many characters."""
+    source = noise or [f"{sentence}. " for sentence in NOISE.split(". ")[:-1]]
+    at, taken, total = draw.randrange(len(source)) if noise else 0, [], 0
+    while total < characters:
+        taken.append(source[at % len(source)])
+        total, at = total + len(taken[-1]), at + 1
+    return taken
+
+
+def _number(draw: random.Random) -> str:
+    return str(draw.randint(1_000_000, 9_999_999))
 
 
 @torch.no_grad()
-def _answer(model: Any, tokenizer: Any, ids: list[int]) -> str:
-    given = torch.tensor([ids], device=model.device)
-    out = model.generate(given, attention_mask=torch.ones_like(given), max_new_tokens=ANSWER_TOKENS, do_sample=False)
-    return tokenizer.decode(out[0, len(ids):], skip_special_tokens=True)
+def _answers(model: Any, tokenizer: Any, texts: list[list[int]]) -> list[str]:
+    """What follows each text; shorter ones are padded in front."""
+    most = max(map(len, texts))
+    given = torch.tensor([[0] * (most - len(ids)) + ids for ids in texts])
+    mask = torch.tensor([[0] * (most - len(ids)) + [1] * len(ids) for ids in texts])
+    out = model.generate(given.to(model.device), attention_mask=mask.to(model.device), max_new_tokens=ANSWER_TOKENS,
+                         do_sample=False)
+    return [tokenizer.decode(row[most:], skip_special_tokens=True) for row in out]

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import json
+import re
 from types import SimpleNamespace
 
 import pytest
 import torch
+from helpers import run_tool
 from tiny import export, recipe
 
 from hola_megatron.errors import DataError, RecipeError
 from hola_megatron.evaluate.last_word import last_word
 from hola_megatron.evaluate.load import load
-from hola_megatron.evaluate.needle import QUESTION, haystack, needle
+from hola_megatron.evaluate.needle import KEYS, NOISE, QUESTION, haystack, needle, needle_documents
 
 
 @pytest.fixture(scope="module")
@@ -73,12 +76,44 @@ def test_answers_are_right_where_they_hold_the_number(loaded):
     _, tokenizer = loaded
 
     def answer(knows):
-        def generate(given, **_):
-            number = tokenizer.decode(given[0]).partition(" is: ")[2][:7]
-            said = f" {number if knows else 'no idea'}."
-            return torch.cat([given, torch.tensor([list(said.encode())])], 1)
+        def generate(given, *, attention_mask, **_):
+            said = []
+            for row, mask in zip(given, attention_mask, strict=True):
+                text = tokenizer.decode(row[mask.bool()], skip_special_tokens=True)
+                assert text.startswith(("The grass", "One of")) and text.endswith("text is")
+                said.append(list(f" {text.partition(' is: ')[2][:7] if knows else 'no idea'}.".encode()))
+            return torch.cat([given, torch.tensor(said)], 1)
 
         return SimpleNamespace(device="cpu", generate=generate)
 
     assert str(needle(answer(True), tokenizer, 800, asked=3)) == "needle      800 tokens  3/3 found (1.00)"
+    assert needle(answer(True), tokenizer, 800, asked=5, batch=2).right == 5
     assert needle(answer(False), tokenizer, 800, asked=3).right == 0
+
+
+def test_needle_documents_hold_what_they_ask_for():
+    noise = [f"Sentence {word}. " for word in ("one", "two", "three")]
+    documents = list(needle_documents(200, noise, seed=1))
+    assert documents == list(needle_documents(200, noise, seed=1)) != list(needle_documents(200, noise, seed=2))
+    for n, text in enumerate(documents):
+        told = dict(re.findall(r"for (\w+) is: (\d{7})\. ", text))
+        asked = re.findall(re.escape(QUESTION).replace(r"\{key\}", r"(\w+)") + r" (\d{7})\.", text)
+        assert {one: number for one, two, number in asked if one == two} == told and 1 <= len(told) <= 4
+        assert set(told) <= set(KEYS) and len(asked) == len(told)
+        assert ("Sentence two. " in text) == bool(n % 2) and (NOISE[:20] in text) != bool(n % 2)
+        assert 800 <= len(text) < 8000 + 1200
+    assert min(map(len, documents)) < 1500 and max(map(len, documents)) > 6000
+
+
+def test_the_program_that_writes_them(tmp_path, capsys):
+    corpus, out = tmp_path / "corpus.txt", tmp_path / "texts.jsonl"
+    corpus.write_text("Here is a sentence of more than twenty letters. In 1999 there was another sentence. Short. ")
+    command = ["--documents", "4", "--noise", str(corpus), "--out", str(out)]
+    done = run_tool("needle_text", command, capsys)
+    assert done.code == 0 and "4 texts with 1 sentences of noise" in done.output
+    texts = [json.loads(line)["text"] for line in out.read_text().splitlines()]
+    assert len(texts) == 4 and "Here is a sentence of more than twenty letters. " in texts[1] and "1999" not in texts[1]
+    done = run_tool("needle_text", command, capsys)
+    assert done.code == 2 and "exists; name another file or remove it" in done.output
+    done = run_tool("needle_text", ["--documents", "0", "--out", str(tmp_path / "x")], capsys)
+    assert done.code == 2 and "--documents: 0 is not above 0" in done.output
