@@ -46,6 +46,9 @@ def _share(n: dict[str, Any]) -> list[str]:
                   "parts are without, the list below is with it."]
     if n["cuda_graph"]:
         lines += ["", "Shares and the list below are of a step without its CUDA graph, stretched to the time with it."]
+        if n["ranks"] > 1:
+            lines[-1] += (" Communication there waits for the other ranks' hosts, which a graph does not: its share is too "
+                          "large, and all others too small.")
     if "data_wait_ms" not in n:
         lines += ["", "Data wait: not measured (synthetic tokens; --data reads the recipe's)."]
     return lines

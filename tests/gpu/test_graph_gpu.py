@@ -128,6 +128,16 @@ def test_two_gpus(parallel):
     assert have == want and recorded == [0, 7]
 
 
+def test_four_gpus():
+    """Tensor times data ranks: as the recipes of 3 and 7 billion parameters are laid out."""
+    if torch.cuda.device_count() < 4:
+        pytest.skip("fewer than four GPUs")
+    changes = {"parallel": {"tensor": 2, "sequence": True}, "train": {"global_batch_size": 24}}
+    want, _ = run("plain", 4, **changes)
+    have, recorded = run("graph", 4, **changes)
+    assert have == want and recorded == [0, 7]
+
+
 def test_a_run_with_a_graph_resumes_bit_for_bit(text_data, tmp_path):
     """The whole program: banner, validation, sample text, checkpoints; stopped after step 4 and gone on with."""
     whole, again = tmp_path / "whole", tmp_path / "again"
