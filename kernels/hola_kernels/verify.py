@@ -1,4 +1,4 @@
-"""python -m hola_kernels.verify [word ...]: every Triton kernel on this GPU against float64, as a table.
+"""python -m hola_kernels.verify [word ...] [--jobs N]: every Triton kernel on this GPU against float64, as a table.
 
 Each operation brings a module `verify_cases` with
     cases() -> [(name, run)]   run() -> {output: relative error}; a NaN is a failure
@@ -8,6 +8,7 @@ Words select the cases whose names hold them all. Exit code 1 when any case fail
 
 from __future__ import annotations
 
+import argparse
 import importlib
 import importlib.util
 import sys
@@ -20,12 +21,20 @@ import torch
 from torch import Tensor
 
 from hola_kernels.backend import triton_problem
+from hola_kernels.verify_jobs import in_processes, visible_gpus
 
 OPERATIONS = ("gated_delta", "exact_cache", "short_conv", "gated_norm", "gates", "rms_norm", "swiglu", "cross_entropy")
 Case = tuple[str, Callable[[], dict[str, float]]]
 
 
-def main(words: list[str]) -> int:
+def main(arguments: list[str]) -> int:
+    parser = argparse.ArgumentParser(prog="python -m hola_kernels.verify", description=__doc__.splitlines()[0])
+    parser.add_argument("words", nargs="*", help="only the cases whose names hold all of them")
+    parser.add_argument("--jobs", type=int, default=1, metavar="N",
+                        help="processes, over all visible GPUs (most of the time goes into compiling); default 1")
+    options = parser.parse_args(arguments)
+    if options.jobs < 1:
+        parser.error(f"--jobs: {options.jobs} must be at least 1")
     problem = triton_problem("cuda") if torch.cuda.is_available() else "no CUDA device"
     if problem:
         print(f"nothing to verify here: {problem}; without a GPU `pytest tests/kernels` interprets the kernels",
@@ -35,16 +44,17 @@ def main(words: list[str]) -> int:
 
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, triton {triton.__version__}\n")
     print("| case | worst error | of its limit | seconds | |\n|---|---|---|---|---|")
-    failed = total = 0
-    for module in case_modules():
-        for name, run in module.cases():
-            if all(word in name for word in words):
-                total += 1
-                failed += not _report(name, run, module.limit)
-    if not total:
-        print(f"no case's name holds {' and '.join(words)}", file=sys.stderr)
+    chosen = [(module.__name__, name) for module in case_modules() for name, _ in module.cases()
+              if all(word in name for word in options.words)]
+    rows = in_processes(chosen, options.jobs, visible_gpus()) if options.jobs > 1 else rows_of(chosen)
+    failed = 0
+    for text, passed in rows:
+        print(text, flush=True)
+        failed += not passed
+    if not chosen:
+        print(f"no case's name holds {' and '.join(options.words)}", file=sys.stderr)
         return 2
-    print(f"\n{total - failed} of {total} cases pass")
+    print(f"\n{len(chosen) - failed} of {len(chosen)} cases pass")
     return 1 if failed else 0
 
 
@@ -55,20 +65,28 @@ def case_modules() -> list[ModuleType]:
     return [importlib.import_module(name) for name in names if importlib.util.find_spec(name)]
 
 
-def _report(name: str, run: Callable[[], dict[str, float]], limit: Callable[[str, str], float]) -> bool:
-    """Print one row of the table; True when every error is within its limit."""
+def rows_of(chosen: list[tuple[str, str]]) -> Iterator[tuple[str, bool]]:
+    """(row of the table, passed) of every (module, case) in `chosen`, one after the other."""
+    wanted = dict.fromkeys(module for module, _ in chosen)
+    for module in map(importlib.import_module, wanted):
+        names = {name for of, name in chosen if of == module.__name__}
+        for name, run in module.cases():
+            if name in names:
+                yield _row(name, run, module.limit)
+
+
+def _row(name: str, run: Callable[[], dict[str, float]], limit: Callable[[str, str], float]) -> tuple[str, bool]:
     begin = time.perf_counter()
     try:
         errors = run()
     except Exception as error:  # a kernel that does not launch is a row of the table, not the end of the sweep
-        print(f"| {name} | {type(error).__name__}: {str(error).splitlines()[0][:100]} | | | FAILED |", flush=True)
-        return False
+        said = (str(error).splitlines() or [""])[0][:100]
+        return f"| {name} | {type(error).__name__}: {said} | | | FAILED |", False
     share = {output: error / limit(name, output) for output, error in errors.items()}
     passed = all(part <= 1 for part in share.values())  # NaN compares false
     worst = max(share, key=lambda output: float("inf") if share[output] != share[output] else share[output])
-    print(f"| {name} | {worst} {errors[worst]:.1e} | {100 * share[worst]:.0f} % | {time.perf_counter() - begin:.1f} | "
-          f"{'' if passed else 'FAILED'} |", flush=True)
-    return passed
+    seconds, verdict = time.perf_counter() - begin, "" if passed else "FAILED"
+    return f"| {name} | {worst} {errors[worst]:.1e} | {100 * share[worst]:.0f} % | {seconds:.1f} | {verdict} |", passed
 
 
 def relative_error(found: Tensor, expected: Tensor) -> float:
