@@ -37,7 +37,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--split-on", metavar="LINE", help="txt: a line equal to LINE parts documents ('' = blank lines)")
     add("--window", type=int, help="tokens of a window; default: the length the model was trained at")
     add("--stream", action="store_true", help="no windows: carry the memory through each document")
-    add("--batch", type=int, default=8, help="windows a forward pass; default %(default)s")
+    add("--batch", type=int, default=8, help="windows, passages or needle texts at a time; default %(default)s")
     add("--dtype", choices=DTYPES, help="default: as stored")
     add("--device", help="default: a GPU where there is one")
     add("--tokenizer", help="for a checkpoint: where its tokenizer is now")
@@ -54,13 +54,14 @@ def main() -> int:
     # only now: torch and Megatron take seconds, --help and a wrong argument should not
     from hola_megatron.evaluate.last_word import last_word
     from hola_megatron.evaluate.load import exported, greedy_sample, load
-    from hola_megatron.evaluate.needle import needle
+    from hola_megatron.evaluate.needle import check_lengths, needle
     from hola_megatron.evaluate.perplexity import perplexity
     from hola_megatron.hf.convert import DTYPES as TORCH_DTYPES
 
     with exported(args.path, args.tokenizer) as folder:
         model, tokenizer = load(folder, dtype=TORCH_DTYPES.get(args.dtype), device=args.device)
     print(f"model                {args.path}, {model.num_parameters():,} parameters, {model.dtype}, {model.device}")
+    check_lengths(tokenizer, args.needle)  # before what takes long
     numbers: dict[str, Any] = {}
     if sources:
         window = None if args.stream else args.window or model.config.max_position_embeddings
@@ -75,6 +76,7 @@ def main() -> int:
         result = needle(model, tokenizer, length, asked=args.needle_texts, batch=args.batch)
         print(result, flush=True)
         numbers.setdefault("needle", {})[length] = result.right / result.asked
+        numbers["needle_texts"] = result.asked
     if args.prompt is not None:
         print(f"greedy sample        {greedy_sample(model, tokenizer, args.prompt, 48)!r}")
     if args.json:

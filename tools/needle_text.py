@@ -2,7 +2,7 @@
 
     python tools/needle_text.py --documents 20000 --noise corpus/wikipedia.jsonl.xz --out corpus/needles.jsonl
 
-A small model learns the task from these; how far back it finds a number is then the memory's doing.
+A small model learns the task from these, if at all; from a corpus alone it does not (docs/quality.md).
 Half of the texts have the task's own five sentences as noise, half sentences of the --noise texts.
 Exit codes: 0 done, 2 bad option, 3 bad text.
 """
@@ -13,14 +13,17 @@ import hola_megatron.quiet  # isort: skip  # noqa: F401
 
 import argparse
 import json
+import os
 import re
 from itertools import islice
 from pathlib import Path
 
 from hola_megatron.data.documents import DocumentReader, find_sources
-from hola_megatron.errors import RecipeError, run_cli
+from hola_megatron.errors import DataError, RecipeError, run_cli
 
 SENTENCES = 200_000  # of the noise texts, at most: 25 MB
+# a whole sentence of a line, without digits, which would be other numbers
+SENTENCE = re.compile(r"(?:^|(?<=[.!?]\s))[A-Z][^.\n\d]{20,200}\.(?=\s|$)", re.M)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -30,34 +33,49 @@ def _parser() -> argparse.ArgumentParser:
     add("--noise", nargs="+", default=[], metavar="TEXT", help="files, folders or patterns to take sentences from")
     add("--text-field", default="text", help="key (jsonl) or column (parquet) of the text; default %(default)s")
     add("--seed", type=int, default=0, help="of numbers, places and lengths; default %(default)s")
-    add("--out", type=Path, required=True, metavar="FILE", help="jsonl file to write")
+    add("--out", type=Path, required=True, metavar="FILE.jsonl", help="file to write")
     return parser
 
 
 def main() -> int:
     args = _parser().parse_args()
     problems = [] if args.documents > 0 else [f"--documents: {args.documents} is not above 0"]
+    if args.out.suffix != ".jsonl":
+        problems.append(f"--out: {args.out} does not end in .jsonl")
     if args.out.exists():
         problems.append(f"--out: {args.out} exists; name another file or remove it")
     if problems:
         raise RecipeError(problems)
     noise = _sentences(args)
-    from hola_megatron.evaluate.needle import needle_documents  # only now: torch takes a second
-
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    with args.out.open("w", encoding="utf-8") as file:
-        for text in needle_documents(args.documents, noise, args.seed):
-            file.write(json.dumps({"text": text}) + "\n")
-    print(f"{args.documents:,} texts with {'own noise only' if not noise else f'{len(noise):,} sentences of noise'} "
-          f"in {args.out}")
+    _write(args, noise)
+    print(f"{args.documents:,} texts in {args.out}, noise: the task's own"
+          f"{f', and {len(noise):,} sentences in every other text' if noise else ''}")
     return 0
 
 
 def _sentences(args: argparse.Namespace) -> list[str]:
-    """Sentences of the noise texts, each with a space behind it; no digits, which would be other numbers."""
+    """Sentences of the noise texts, each with a space behind it. DataError where --noise holds none."""
     reader = DocumentReader(find_sources(args.noise), text_field=args.text_field)
-    found = (sentence for text in reader for sentence in re.findall(r"[A-Z][^.\n\d]{20,200}\.(?=\s)", text))
-    return [f"{sentence} " for sentence in islice(found, SENTENCES)]
+    found = [f"{sentence} " for sentence in islice((s for text in reader for s in SENTENCE.findall(text)), SENTENCES)]
+    if args.noise and not found:
+        raise DataError(f"--noise: no sentence in {' '.join(args.noise)}; give texts that have some in one line, from "
+                        "a letter A to Z to a full stop, of 22 to 202 characters without digits")
+    return found
+
+
+def _write(args: argparse.Namespace, noise: list[str]) -> None:
+    """Under another name until it is whole."""
+    from hola_megatron.evaluate.needle import needle_documents  # only now: torch takes a second
+
+    partial = args.out.with_name(f"{args.out.name}.tmp")
+    try:
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        with partial.open("w", encoding="utf-8") as file:
+            for text in needle_documents(args.documents, noise, args.seed):
+                file.write(json.dumps({"text": text}) + "\n")
+        os.replace(partial, args.out)
+    except OSError as error:
+        raise RecipeError(f"--out: {args.out} cannot be written ({error.strerror}); name a file elsewhere") from None
 
 
 if __name__ == "__main__":

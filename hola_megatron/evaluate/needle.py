@@ -25,7 +25,7 @@ QUESTION = ("What is the special magic number for {key} mentioned in the provide
             "The special magic number for {key} mentioned in the provided text is")
 KEYS = ("harbor", "lantern", "meadow", "copper", "willow", "violin", "glacier", "saddle")
 ANSWER_TOKENS = 12
-CHARACTERS = (800, 8000)  # of a needle document: 200 to 2,000 tokens of English
+CHARACTERS = (800, 6000)  # of a needle document's noise; with needles and questions 200 to 1,900 tokens of English
 
 
 @dataclass(frozen=True)
@@ -41,47 +41,61 @@ class NeedleResult:
 
 
 def needle(model: Any, tokenizer: Any, length: int, *, asked: int = 20, batch: int = 1, seed: int = 0) -> NeedleResult:
-    """Hide a number in `asked` texts of `length` tokens, at depths from start to end; `batch` texts at a time."""
-    draw, texts = random.Random(seed), []
+    """Hide a number in `asked` texts of `length` tokens, at depths from start to end; `batch` texts at a time.
+
+    RecipeError where needle and question do not fit.
+    """
+    check_lengths(tokenizer, [length])
+    draw, texts = random.Random(f"asked, {length} tokens, {seed}"), []
     for n in range(asked):
         key, number = draw.choice(KEYS), _number(draw)
         texts.append((haystack(tokenizer, length, key, number, depth=n / max(asked - 1, 1)), number))
     right = 0
     for first in range(0, asked, batch):
         group = texts[first:first + batch]
-        answers = _answers(model, tokenizer, [ids for ids, _ in group])
-        right += sum(number in answer for (_, number), answer in zip(group, answers, strict=True))
+        found = answers(model, tokenizer, [ids for ids, _ in group])
+        right += sum(number in answer for (_, number), answer in zip(group, found, strict=True))
     return NeedleResult(length, asked, right)
 
 
+def check_lengths(tokenizer: Any, lengths: Sequence[int]) -> None:
+    """RecipeError that names every length in which needle and question do not fit."""
+    start = tokenizer.bos_token_id is not None
+    least = start + max(len(_encode(tokenizer, key, "9" * 7, 0, 0)) for key in KEYS)
+    short = [f"--needle: {length} tokens do not hold needle and question, which take {least}"
+             for length in lengths if length < least]
+    if short:
+        raise RecipeError(short)
+
+
 def haystack(tokenizer: Any, length: int, key: str, number: str, depth: float) -> list[int]:
-    """Token ids of a text of at most `length` tokens; RecipeError where needle and question do not fit.
+    """Token ids of a text of at most `length` tokens (see `check_lengths`), its needle at `depth` (0 to 1).
 
     The text is encoded whole: pieces encoded one by one begin with marks that no text has.
     """
-
-    def encode(times: int) -> list[int]:
-        before = round(times * depth)
-        text = NOISE * before + NEEDLE.format(key=key, number=number) + NOISE * (times - before)
-        return tokenizer(text + QUESTION.format(key=key), add_special_tokens=False, verbose=False)["input_ids"]
-
     start = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
     room = length - len(start)
-    bare, one = len(encode(0)), len(encode(1))
-    if bare > room:
-        raise RecipeError(f"--needle: {length} tokens do not hold needle and question, which take {len(start) + bare}")
-    times = (room - bare) // max(one - bare, 1)
-    while len(ids := encode(times)) > room:  # where the first repetition was the cheapest
-        times -= 1
+    one, two = (len(_encode(tokenizer, key, number, times, depth)) for times in (1, 2))
+    unit = max(two - one, 1)
+    times = max(1 + (room - one) // unit, 0)
+    while len(ids := _encode(tokenizer, key, number, times, depth)) > room and times:
+        times = max(times + (room - len(ids)) // unit, 0)  # not every repetition was as short as the second
     return start + ids
 
 
-def needle_documents(count: int, noise: Sequence[str], seed: int = 0) -> Iterator[str]:
-    """`count` texts of 800 to 8,000 characters: one to four numbers among noise, then questions for all with answers.
+def _encode(tokenizer: Any, key: str, number: str, times: int, depth: float) -> list[int]:
+    before = round(times * depth)
+    text = NOISE * before + NEEDLE.format(key=key, number=number) + NOISE * (times - before)
+    return tokenizer(text + QUESTION.format(key=key), add_special_tokens=False, verbose=False)["input_ids"]
 
-    Every other text has the task's own noise, the others run through `noise` (sentences), where it has any.
+
+def needle_documents(count: int, noise: Sequence[str], seed: int = 0) -> Iterator[str]:
+    """`count` texts: one to four numbers among noise (CHARACTERS of it), then questions for all with their answers.
+
+    Every other text has the task's own noise, the others run through `noise` (sentences), where it has any. Numbers
+    are drawn apart from those that `needle` asks for, also with the same seed.
     """
-    draw = random.Random(seed)
+    draw = random.Random(f"documents, {seed}")
     for n in range(count):
         size = int(CHARACTERS[0] * (CHARACTERS[1] / CHARACTERS[0]) ** draw.random())  # short and long ones alike
         sentences = _sentences(size, noise if n % 2 else (), draw)
@@ -107,8 +121,8 @@ def _number(draw: random.Random) -> str:
 
 
 @torch.no_grad()
-def _answers(model: Any, tokenizer: Any, texts: list[list[int]]) -> list[str]:
-    """What follows each text; shorter ones are padded in front."""
+def answers(model: Any, tokenizer: Any, texts: list[list[int]]) -> list[str]:
+    """What follows each text (token ids), by greedy decoding; shorter ones are padded in front."""
     most = max(map(len, texts))
     given = torch.tensor([[0] * (most - len(ids)) + ids for ids in texts])
     mask = torch.tensor([[0] * (most - len(ids)) + [1] * len(ids) for ids in texts])

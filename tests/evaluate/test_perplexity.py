@@ -110,11 +110,15 @@ def test_the_program(folder, tmp_path, capsys):
     text.write_bytes(lzma.compress("\n".join(DOCUMENTS[:2]).encode()))
     numbers = tmp_path / "numbers.json"
     done = run_tool("evaluate", [str(folder), "--text", str(text), "--prompt", "To be", "--json", str(numbers),
-                                 "--last-word", str(text), "--needle", "300"], capsys)
+                                 "--last-word", str(text), "--needle", "300", "--needle-texts", "3", "--batch", "2"],
+                    capsys)
     assert done.code == 0, done.output
-    assert "last word            1 passages, accuracy" in done.output and "needle      300 tokens  0/20" in done.output
+    assert "last word            1 passages, accuracy" in done.output and "needle      300 tokens  0/3" in done.output
     assert "windows of 64 tokens" in done.output and "greedy sample  " in done.output
-    assert json.loads(numbers.read_text())["perplexity_per_token"] > 1
+    kept = json.loads(numbers.read_text())
+    assert kept["perplexity_per_token"] > 1 and kept["needle"] == {"300": 0} and kept["needle_texts"] == 3
+    done = run_tool("evaluate", [str(folder), "--text", str(text), "--needle", "300", "100", "20"], capsys)
+    assert done.code == 2 and done.output.count("RecipeError: --needle: ") == 2 and "perplexity" not in done.output
     done = run_tool("evaluate", [str(folder), "--stream", "--window", "5"], capsys)
     assert done.code == 2 and done.output.count("RecipeError: ") == 2
     done = run_tool("evaluate", [str(tmp_path / "none"), "--text", str(text)], capsys)

@@ -15,6 +15,7 @@ from hola_megatron.errors import RecipeError
 from hola_megatron.model.flops import executed_flops_per_token, flops_per_token
 from hola_megatron.monitor import profiler
 from hola_megatron.monitor.memory_phases import MemoryPhases
+from hola_megatron.monitor.profile_report import report
 from hola_megatron.monitor.profiler import OutOfMemory, ProfileOptions, profile_recipe
 from hola_megatron.monitor.sweep import combinations, run_sweep, sweep_table
 from hola_megatron.parallel.groups import start
@@ -28,6 +29,9 @@ def test_real_data_numbers_and_files(text_data, tmp_path, capsys):
         "--markdown", str(files["r.md"]), "--trace", str(files["t.json"])], capsys)
     assert done.code == 0, done.output
     numbers = json.loads(files["n.json"].read_text())
+    late = "Communication there waits for other ranks' hosts"
+    assert late in report(numbers | {"cuda_graph": True, "ranks": 2})
+    assert late not in report(numbers | {"cuda_graph": True}) and late not in report(numbers | {"ranks": 2})
     assert numbers["micro_batches"] == 2 and numbers["steps"] == 3
     assert numbers["tokens_per_second"] == pytest.approx(2 * 2 * 64 / (numbers["ms_per_step"] / 1e3))
     loaded = load_recipe(recipe)
