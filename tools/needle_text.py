@@ -2,7 +2,7 @@
 
     python tools/needle_text.py --documents 20000 --noise corpus/wikipedia.jsonl.xz --out corpus/needles.jsonl
 
-A small model learns the task from these, if at all; from a corpus alone it does not (docs/quality.md).
+For models too small to find the task out by themselves (docs/quality.md).
 Half of the texts have the task's own five sentences as noise, half sentences of the --noise texts.
 Exit codes: 0 done, 2 bad option, 3 bad text.
 """

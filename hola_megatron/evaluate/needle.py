@@ -4,8 +4,8 @@ As RULER's first single-needle task: noise sentences, one sentence that names a 
 given depth, and a question at the end. The model answers by greedy decoding; the answer is
 right when it contains the number. Texts are cut to a length in tokens, question included.
 
-Small models do not find the task out from a corpus: `needle_documents` are texts of the same form
-with their answers, to mix into one (tools/needle_text.py).
+`needle_documents` are texts of the same form with their answers, to mix into a corpus for models
+too small to find the task out by themselves (tools/needle_text.py).
 """
 
 from __future__ import annotations
@@ -45,7 +45,6 @@ def needle(model: Any, tokenizer: Any, length: int, *, asked: int = 20, batch: i
 
     RecipeError where needle and question do not fit.
     """
-    check_lengths(tokenizer, [length])
     draw, texts = random.Random(f"asked, {length} tokens, {seed}"), []
     for n in range(asked):
         key, number = draw.choice(KEYS), _number(draw)
@@ -59,17 +58,22 @@ def needle(model: Any, tokenizer: Any, length: int, *, asked: int = 20, batch: i
 
 
 def check_lengths(tokenizer: Any, lengths: Sequence[int]) -> None:
-    """RecipeError that names every length in which needle and question do not fit."""
+    """RecipeError that names every length in which needle and question do not fit, to ask before long work.
+
+    A number whose digits make more tokens than the one tried here is left to `haystack`.
+    """
     start = tokenizer.bos_token_id is not None
-    least = start + max(len(_encode(tokenizer, key, "9" * 7, 0, 0)) for key in KEYS)
-    short = [f"--needle: {length} tokens do not hold needle and question, which take {least}"
-             for length in lengths if length < least]
-    if short:
+    least = start + max(len(_encode(tokenizer, key, "1234567", 0, 0)) for key in KEYS)
+    if short := [_too_short(length, least) for length in lengths if length < least]:
         raise RecipeError(short)
 
 
+def _too_short(length: int, least: int) -> str:
+    return f"--needle: {length} tokens do not hold needle and question, which take {least}"
+
+
 def haystack(tokenizer: Any, length: int, key: str, number: str, depth: float) -> list[int]:
-    """Token ids of a text of at most `length` tokens (see `check_lengths`), its needle at `depth` (0 to 1).
+    """Token ids of a text of at most `length` tokens, its needle at `depth` (0 to 1); RecipeError if that cannot be.
 
     The text is encoded whole: pieces encoded one by one begin with marks that no text has.
     """
@@ -80,6 +84,8 @@ def haystack(tokenizer: Any, length: int, key: str, number: str, depth: float) -
     times = max(1 + (room - one) // unit, 0)
     while len(ids := _encode(tokenizer, key, number, times, depth)) > room and times:
         times = max(times + (room - len(ids)) // unit, 0)  # not every repetition was as short as the second
+    if len(ids) > room:
+        raise RecipeError(_too_short(length, len(start) + len(ids)))
     return start + ids
 
 

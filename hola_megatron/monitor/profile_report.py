@@ -47,8 +47,8 @@ def _share(n: dict[str, Any]) -> list[str]:
     if n["cuda_graph"]:
         lines += ["", "Shares and the list below are of a step without its CUDA graph, stretched to the time with it."]
         if n["ranks"] > 1:
-            lines[-1] += (" Communication there waits for other ranks' hosts, which a graph does not: its share is too "
-                          "large, and all others are too small.")
+            lines[-1] += (" Communication there includes waiting for ranks that launch later, which a graph does not "
+                          "do: its share may be too large.")
     if "data_wait_ms" not in n:
         lines += ["", "Data wait: not measured (synthetic tokens; --data reads the recipe's)."]
     return lines
