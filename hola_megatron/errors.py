@@ -11,9 +11,11 @@ import contextlib
 import hashlib
 import os
 import sys
+import threading
 import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 EXIT_OK = 0
 EXIT_RECIPE = 2
@@ -21,6 +23,9 @@ EXIT_DATA = 3
 EXIT_DIVERGED = 4
 EXIT_INTERRUPTED = 75
 EXIT_LOST = 76
+PRINT_SECONDS = 5.0
+
+SHOWN_CHARACTERS = 80
 
 
 class UserError(Exception):
@@ -52,13 +57,19 @@ class CheckpointError(UserError):
 
 
 class RunFolderError(UserError):
-    """The run folder refuses what training writes to it besides checkpoints."""
+    """The run folder cannot be written (other files than checkpoints)."""
+
+    exit_code = EXIT_RECIPE
+
+
+class FolderInUseError(UserError):
+    """Another process owns the folder that this one was to write."""
 
     exit_code = EXIT_RECIPE
 
 
 class DivergedError(UserError):
-    """The loss or a gradient is not finite, or leaps, again and again: training cannot go on."""
+    """The loss or gradient norm is repeatedly not finite or far above the last ones: training cannot continue."""
 
     exit_code = EXIT_DIVERGED
 
@@ -70,63 +81,127 @@ class InstallError(UserError):
 
 
 class LostError(UserError):
-    """A rank died or hangs: not the recipe's fault, the same command goes on from the newest checkpoint."""
+    """A rank died or hangs; the same command resumes from the newest checkpoint."""
 
     exit_code = EXIT_LOST
 
 
 class Interrupted(UserError):
-    """A signal asked for the end; a checkpoint has been saved and the job may be queued again."""
+    """Stopped by a signal after saving a checkpoint; the job may be queued again."""
 
     exit_code = EXIT_INTERRUPTED
 
 
-def _first_to_say(text: str) -> bool:
-    """Whether no other rank of this machine has said this: mostly every rank meets the same error.
+def shown(value: Any) -> str:
+    """A value as an error shows it: one line, of bounded length, printable in any encoding."""
+    try:
+        text = repr(value)
+    except ValueError:  # an int of more digits than Python converts
+        text = f"a {type(value).__name__} too long to show"
+    text = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+    return text if len(text) <= SHOWN_CHARACTERS else text[:SHOWN_CHARACTERS - 3] + "..."
 
-    torchrun gives each rank a folder beside those of the other local ranks; whoever creates the
-    message's file there first speaks. No waiting: which rank comes first depends on the load.
+
+def one_line(error: BaseException) -> str:
+    """An error's message on one line; of an OSError the system's message without the path."""
+    text = (isinstance(error, OSError) and error.strerror) or str(error)
+    return " ".join(text.split())[:200] or type(error).__name__
+
+
+def _claim_message(text: str) -> bool:
+    """Whether this rank prints the message: the first local rank with this error does, as all ranks mostly have it.
+
+    torchrun gives each local rank a folder under one parent; the rank that creates the message's file there prints it.
     """
     error_file = os.environ.get("TORCHELASTIC_ERROR_FILE")
     if error_file is None:
         return True
-    said = Path(error_file).parents[1] / f"said-{hashlib.sha256(text.encode()).hexdigest()[:16]}"
+    claim = Path(error_file).parents[1] / f"printed-{hashlib.sha256(text.encode()).hexdigest()[:16]}"
     try:
-        said.touch(exist_ok=False)
+        claim.touch(exist_ok=False)
     except FileExistsError:
         return False
-    except OSError:  # the log folder is gone or full: twice is better than not at all
+    except OSError:  # the log folder was removed or is full: print it twice rather than not at all
         return True
     return True
 
 
+def _print_error(text: str) -> bool:
+    """Flush stdout and print to stderr; returns whether both were read. Closed or full streams are ignored."""
+    printing = threading.Thread(target=_write_out, args=(text,), daemon=True)
+    printing.start()
+    printing.join(PRINT_SECONDS)
+    return not printing.is_alive()
+
+
+def _write_out(text: str) -> None:
+    for number, stream, content in ((1, sys.stdout, ""), (2, sys.stderr, text)):
+        try:
+            stream.write(content)
+            stream.flush()
+        except (OSError, ValueError, AttributeError):
+            _silence(number)
+
+
+def _silence(number: int) -> None:
+    """Redirect a descriptor to /dev/null: with unwritten output at exit, Python would end with code 120."""
+    with contextlib.suppress(OSError):
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, number)
+        os.close(nowhere)
+
+
 @contextlib.contextmanager
 def _broken_packages_named() -> Iterator[None]:
-    """Megatron imports Transformer Engine where it is installed; one whose libraries are missing ends with OSError."""
+    """Turn the OSError of a Transformer Engine without its libraries, which Megatron imports, into InstallError."""
     try:
         yield
     except OSError as error:
         modules = [frame.f_globals.get("__name__", "") for frame, _ in traceback.walk_tb(error.__traceback__)]
-        # a module whose import failed is in no table of modules
+        # a module whose import failed is not in sys.modules
         if not any(name.startswith("transformer_engine") and name not in sys.modules for name in modules):
             raise
-        said = " ".join(str(error).split())[:200]
-        raise InstallError(f"transformer-engine: is installed and does not load ({said}); repair or uninstall it, "
+        reason = " ".join(str(error).split())[:200]
+        raise InstallError(f"transformer-engine: is installed and does not load ({reason}); repair or uninstall it, "
                            "tools/doctor.py tells more") from None
+
+
+def _refused_by_the_machine(error: BaseException) -> str | None:
+    """A message where the system refuses a named file, or memory is exhausted; None for other errors (our bugs).
+
+    Expected errors of files are handled in hola_megatron/files; this is for others, such as a folder whose parent may
+    not be entered.
+    """
+    if isinstance(error, OSError) and error.filename is not None:
+        name = os.fsdecode(error.filename) if isinstance(error.filename, (str, bytes, os.PathLike)) else error.filename
+        return f"OSError: {shown(name)[1:-1]}: {one_line(error)}; mend the path, its permissions or the file system"
+    if isinstance(error, MemoryError) or "can't allocate memory" in str(error) or "out of memory" in str(error):
+        return f"MemoryError: not enough memory ({one_line(error)}); take a smaller model, batch or sequence_length"
+    return None
 
 
 def run_cli(main: Callable[[], int | None]) -> None:
     """Run `main` and exit with its code; a `UserError` becomes its message on stderr, no traceback."""
+    was_read = True
     try:
         with _broken_packages_named():
             code = main() or EXIT_OK
     except UserError as error:
-        sys.stdout.flush()
         text = "".join(f"{type(error).__name__}: {line}\n" for line in str(error).splitlines())
-        if _first_to_say(text):
-            print(text, end="", file=sys.stderr, flush=True)
+        if _claim_message(text):
+            was_read = _print_error(text)
         code = error.exit_code
+    except (OSError, MemoryError, RuntimeError) as error:
+        message = _refused_by_the_machine(error)
+        if message is None:
+            raise
+        sys.stdout.flush()
+        if _claim_message(message):
+            print(message, file=sys.stderr, flush=True)
+        code = EXIT_RECIPE
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
+        was_read = _print_error("interrupted\n")
         code = 130
+    if not was_read:
+        os._exit(code)  # Python would wait for the stream's lock
     sys.exit(code)

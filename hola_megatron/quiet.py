@@ -1,7 +1,7 @@
 """Imported first by every entry point: makes other packages' imports quiet, and safe.
 
 Megatron-core warns of every package a run does not need; what a user must know is in our own
-banner, which says which implementation runs and why. And a script in tools/ has that folder
+banner, which lists the implementations in use and why. And a script in tools/ has that folder
 first on its path, where tools/profile.py would hide the standard library's `profile`.
 """
 
@@ -23,3 +23,17 @@ logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
 if not os.environ.get("CUDA_VISIBLE_DEVICES") and not os.path.exists("/dev/nvidia0"):
     # jit_fuser is torch.compile: on a machine without a GPU it costs minutes and gains nothing
     os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
+
+
+def _open_closed_streams() -> None:
+    """Reopen closed standard streams: the next opened file would get their number and receive printed text."""
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest free number
+        if getattr(sys, name) is None:
+            setattr(sys, name, os.fdopen(number, "w" if number else "r", closefd=False))
+
+
+_open_closed_streams()

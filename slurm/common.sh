@@ -1,11 +1,11 @@
 # shellcheck shell=bash
-# One job of hola_megatron.train under Slurm, from top to bottom in `main`; docs/slurm.md says how to use it.
+# One job of hola_megatron.train under Slurm, from top to bottom in `main`; usage: docs/slurm.md.
 # Sourced in the repository's root by slurm/hola_*.sh, which set
 #     RECIPE           the recipe's path              (HOLA_RECIPE overrides it)
 #     RANKS_PER_NODE   processes a node, one a GPU    (HOLA_RANKS_PER_NODE overrides it)
-#     MIN_FREE_GB      room for two checkpoints       (HOLA_MIN_FREE_GB overrides it)
-# What a site needs besides (account, partition, modules, container) is in slurm/site.sh (or $HOLA_SITE);
-# see slurm/site.example.sh.
+#     MIN_FREE_GB      free GB for two checkpoints       (HOLA_MIN_FREE_GB overrides it)
+# What a site needs in addition (account, partition, modules, container) is in slurm/site.sh (or $HOLA_SITE), which
+# read_site.sh reads; see slurm/site.example.sh. What doctor.sh needs as well is in job.sh.
 set -uo pipefail
 
 main() {
@@ -23,28 +23,7 @@ main() {
     conclude
 }
 
-say() { echo "slurm | $*"; }
-
-fail() { # code message
-    echo "slurm | $2" >&2
-    exit "$1"
-}
-
-describe_job() {
-    local nodes
-    # of an array task SLURM_JOB_ID may be the number of the whole array: requeueing that would requeue every task
-    job=$SLURM_JOB_ID
-    [ -z "${SLURM_ARRAY_TASK_ID:-}" ] || job=${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID
-    nodes=$(scontrol show hostnames "$SLURM_JOB_NODELIST")
-    # the address Slurm itself uses; node names need not resolve
-    address=$(scontrol show node "${nodes%%$'\n'*}" --oneliner | sed -n 's/.* NodeAddr=\([^ ]*\).*/\1/p')
-    endpoint=${address:-${nodes%%$'\n'*}}:$((15000 + SLURM_JOB_ID % 15000))
-    say "job $job, attempt $((restarts + 1)), $SLURM_JOB_NUM_NODES x $ranks ranks on $SLURM_JOB_NODELIST," \
-        "rendezvous at $endpoint, $(date '+%F %T')"
-    env | grep -E '^(NCCL|TORCH|CUDA|OMP|GLOO|UCX|FI|TRITON|HOLA)_' | sort | sed 's/^/slurm | /'
-}
-
-# An array task may be told apart by %a in any argument, and by its line of the file HOLA_SWEEP.
+# Array tasks differ by %a in any argument, and by their line of the file HOLA_SWEEP.
 read_arguments() {
     local all=("$@") swept=() line argument
     if [ -n "${SLURM_ARRAY_TASK_ID:-}" ]; then
@@ -85,7 +64,7 @@ run_cli(lambda: print(load_recipe(sys.argv[1], sys.argv[2:]).folder))'
     fi
 }
 
-# Restarts without a newer checkpoint are counted when an attempt begins, so that one that was killed counts as well.
+# Restarts without a newer checkpoint are counted when an attempt starts, so that one that was killed counts as well.
 # $run/slurm_restarts holds: newest step when this attempt began, such restarts in a row, and "new" until training has
 # carried out --new, which moves the old folder aside and this file with it.
 count_restart() {
@@ -95,7 +74,12 @@ count_restart() {
         pending=${asked_new:+new}
     else
         [ ! -f "$file" ] || read -r before idle pending <"$file"
-        if [ "$newest" -gt "$before" ]; then idle=0; else idle=$((idle + 1)); fi
+        # bash would take other text in an arithmetic expression for a command
+        if ! [[ $before =~ ^(-1|[0-9]{1,18})$ && $idle =~ ^[0-9]{1,9}$ && $pending =~ ^(new)?$ ]]; then
+            log "$file: damaged, counting restarts from 0"
+            before=-1 idle=0 pending=''
+        fi
+        if [ "$newest" -gt "$before" ]; then idle=0; else idle=$((10#$idle + 1)); fi
         mkdir -p "$run"
     fi
     # a first attempt does not make the folder, or --new would have an empty one to move aside
@@ -103,16 +87,18 @@ count_restart() {
     if [ -n "$asked_new" ] && { [ "$restarts" -eq 0 ] || [ -n "$pending" ]; }; then
         flags+=(--new)
     fi
-    say "recipe $recipe, run folder $run, newest checkpoint: step $newest, restarts without progress: $idle" \
+    log "recipe $recipe, run folder $run, newest checkpoint: step $newest, restarts without progress: $idle" \
         "(at most $max_restarts)"
     [ "$idle" -le "$max_restarts" ] || no_progress "restarted by Slurm"
 }
 
 newest_step() { # of the whole checkpoints of the run; -1 for none
-    local manifest newest=-1
+    local manifest newest=-1 step
     for manifest in "$run"/checkpoints/step_*/manifest.json; do
         if [[ -f $manifest && $manifest =~ /step_([0-9]+)/manifest\.json$ ]]; then
-            [ "$((10#${BASH_REMATCH[1]}))" -le "$newest" ] || newest=$((10#${BASH_REMATCH[1]}))
+            step=$((10#${BASH_REMATCH[1]}))
+            # a copy of another step's checkpoint under this name would hide all progress
+            if [ "$step" -gt "$newest" ] && grep -q "^ \"step\": $step,\?$" "$manifest"; then newest=$step; fi
         fi
     done
     echo "$newest"
@@ -134,22 +120,18 @@ check_health() {
 }
 
 train() {
-    local told
+    local exit_file
     # srun knows the highest code of the nodes: 76 of those that lost the one that knew better
-    told=$(dirname "$run")/.exit-$job
-    rm -f "$told"
-    export HOLA_EXIT_FILE=$told
-    # --wait: once one node has ended, ranks that hang on their way out do not hold the job for ever
-    "${one_a_node[@]}" --wait=120 ${HOLA_SRUN[@]+"${HOLA_SRUN[@]}"} "${python[@]}" -m hola_megatron.launch \
-        --nnodes="$SLURM_JOB_NUM_NODES" --nproc-per-node="$ranks" \
-        --rdzv-backend=c10d --rdzv-endpoint="$endpoint" --rdzv-id="$job-$restarts" \
-        -m hola_megatron.train "$recipe" ${overrides[@]+"${overrides[@]}"} ${flags[@]+"${flags[@]}"} &
+    exit_file=$(dirname "$run")/.exit-$job
+    rm -f "$exit_file"
+    export HOLA_EXIT_FILE=$exit_file
+    "${launch[@]}" -m hola_megatron.train "$recipe" ${overrides[@]+"${overrides[@]}"} ${flags[@]+"${flags[@]}"} &
     srun_pid=$!
     [ -z "$signalled" ] || insist
     wait_for "$srun_pid"
     code=$?
-    [ "$code" -ne 76 ] || [ ! -s "$told" ] || read -r code <"$told"
-    rm -f "$told"
+    [ "$code" -ne 76 ] || [ ! -s "$exit_file" ] || read -r code <"$exit_file"
+    rm -f "$exit_file"
     [ -z "$insisting" ] || kill "$insisting" 2>/dev/null
 }
 
@@ -169,15 +151,15 @@ wait_for() { # pid; returns its code, however many signals interrupt the waiting
 }
 
 # Slurm sends SIGUSR1 ahead of the time limit (--signal=B:USR1@...) and SIGTERM at preemption. srun hands SIGUSR1 to
-# every process of the step but answers SIGTERM by killing them, so both go on as SIGUSR1.
+# every process of the step but answers SIGTERM by killing them, so both are forwarded as SIGUSR1.
 # shellcheck disable=SC2317  # called by trap
 on_signal() {
     signalled=$1
-    say "SIG$1: telling the ranks to save and stop"
+    log "SIG$1: telling the ranks to save and stop"
     [ -z "$srun_pid" ] || insist
 }
 
-# srun loses a signal that comes while it starts the step. Launchers and ranks take any number of them.
+# srun loses a signal that it receives while it starts the step. Launchers and ranks take any number of them.
 insist() {
     kill -USR1 "$srun_pid" 2>/dev/null
     [ -z "$insisting" ] || return
@@ -188,15 +170,15 @@ insist() {
 conclude() { # [code]
     code=${1:-$code}
     case $code in
-        0) say "finished" ;;
+        0) log "finished" ;;
         75) queue_again "stopped by a signal (code 75)" ;;
         76) queue_again "a rank was lost (code 76, see above)" ;;
-        2) say "code 2: the recipe cannot be used (see above); not queued again" ;;
-        3) say "code 3: the data cannot be used (see above); not queued again" ;;
-        4) say "code 4: training diverged (see above); not queued again" ;;
+        2) log "code 2: the recipe cannot be used (see above); not queued again" ;;
+        3) log "code 3: the data cannot be used (see above); not queued again" ;;
+        4) log "code 4: training diverged (see above); not queued again" ;;
         *) # a signal that came before the ranks listened, or a rank that hung on its way out
             [ -z "$signalled" ] || queue_again "stopped by SIG$signalled (code $code)"
-            say "code $code: nothing that a restart is known to mend (see above); not queued again"
+            log "code $code: no known fault that a restart repairs (see above); not queued again"
             ;;
     esac
     exit "$code"
@@ -206,14 +188,14 @@ queue_again() { # why
     local state
     state=$(squeue --noheader --jobs="$job" --format=%T 2>/dev/null)
     if [ "$state" != RUNNING ]; then
-        say "$1; the job is ${state:-gone} already: Slurm or its user has decided what becomes of it"
+        log "$1; the job is ${state:-gone} already: Slurm or its user has ended it"
         exit 75
     fi
     if [ "$(newest_step)" -le "$newest" ] && [ "$idle" -ge "$max_restarts" ]; then
         no_progress "$1"
     fi
-    say "$1; queueing job $job again"
-    scontrol requeue "$job" || fail 75 "job $job cannot be queued again (see above); submit it again to go on"
+    log "$1; queueing job $job again"
+    scontrol requeue "$job" || fail 75 "job $job cannot be queued again (see above); submit it again to resume"
     exit 0
 }
 
@@ -222,16 +204,8 @@ no_progress() { # why
 (HOLA_MAX_RESTARTS=$max_restarts); find out why, then submit again"
 }
 
-HOLA_SRUN=() HOLA_RUN=()
-if [ -f "${HOLA_SITE:=slurm/site.sh}" ]; then
-    # shellcheck source=/dev/null
-    source "$HOLA_SITE"
-fi
+source slurm/job.sh
 recipe=${HOLA_RECIPE:-$RECIPE}
-ranks=${HOLA_RANKS_PER_NODE:-$RANKS_PER_NODE}
-python=(${HOLA_RUN[@]+"${HOLA_RUN[@]}"} "${HOLA_PYTHON:-.venv/bin/python}")
-one_a_node=(srun --ntasks="${SLURM_JOB_NUM_NODES:-1}" --ntasks-per-node=1 --cpu-bind=none --kill-on-bad-exit=0)
 max_restarts=${HOLA_MAX_RESTARTS:-3}
-restarts=${SLURM_RESTART_COUNT:-0}
 signalled='' srun_pid='' insisting='' asked_new='' overrides=() flags=() run='' newest=-1 idle=0 code=0
 main "$@"

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Whether a node is fit, in one line; run on every node by slurm/common.sh.
-# slurm/health.sh TOKEN_FILE TOKEN MIN_FREE_GB GPUS: the first node wrote TOKEN to TOKEN_FILE, beside the run folder.
+# slurm/health.sh TOKEN_FILE TOKEN MIN_FREE_GB GPUS: the first node wrote TOKEN to TOKEN_FILE, next to the run folder.
 set -uo pipefail
 token_file=$1 token=$2 min_free_gb=$3 gpus=$4
 folder=$(dirname "$token_file")
@@ -24,17 +24,17 @@ check_gpus() {
 }
 
 check_disk() {
-    local data said
+    local data output
     [ "$(timeout -k 5 60 cat "$token_file" 2>/dev/null)" = "$token" ] ||
         unfit "$folder: what the first node wrote is not seen here; set run_dir to a disk that all nodes share"
     data=$(head -c 100000 /dev/urandom | base64)
-    said=$(timeout -k 5 60 dd of="$probe" bs=1M conv=fsync <<<"$data" 2>&1) ||
-        unfit "$folder: no write and fsync within 60 s (${said##*$'\n'}); make room, or set run_dir to another disk"
+    output=$(timeout -k 5 60 dd of="$probe" bs=1M conv=fsync <<<"$data" 2>&1) ||
+        unfit "$folder: no write and fsync within 60 s (${output##*$'\n'}); free space, or set run_dir to another disk"
     [ "$(timeout -k 5 60 cat "$probe")" = "$data" ] ||
         unfit "$folder: what is read is not what was written; set run_dir to another disk"
     free_gb=$(($(df -Pk "$folder" | awk 'NR == 2 { print $4 }') * 1024 / 1000000000))
     [ "$free_gb" -ge "$min_free_gb" ] ||
-        unfit "$folder: $free_gb GB free, $min_free_gb needed (HOLA_MIN_FREE_GB); make room, or set run_dir to another disk"
+        unfit "$folder: $free_gb GB free, $min_free_gb needed (HOLA_MIN_FREE_GB); free space, or set run_dir to another disk"
 }
 
 about='' probe=$folder/.health-${SLURM_JOB_ID:-0}-$node

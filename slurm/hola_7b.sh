@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
 # sbatch slurm/hola_7b.sh [section.key=value ...]      8 nodes of 8 GPUs; docs/slurm.md
+# For GPUs of 141 GB; on 64 GPUs it needs 74 GB a GPU by the plan. recipes/hola_7b.yaml names overrides for less memory.
 #SBATCH --job-name=hola_7b
 #SBATCH --nodes=8
 #SBATCH --ntasks-per-node=1

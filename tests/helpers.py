@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import math
 import multiprocessing
 import os
 import signal
@@ -13,6 +14,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -24,6 +26,7 @@ from hola_megatron.checkpoint.tensors import TensorReader
 from hola_megatron.errors import run_cli
 
 ROOT = Path(__file__).parent.parent
+LONG = bool(os.environ.get("HOLA_TEST_LONG"))  # pytest --long
 
 # every kind of layer, everything tiny
 MICRO = {
@@ -89,6 +92,34 @@ def run_ranks(arguments: list[str], log: Path, *, ranks: int, timeout: float = 3
             process.join()
 
 
+def run_each(arguments: list[list[str]], folder: Path, *, timeout: float = 300,
+             folders: list[Path] | None = None) -> list[Finished]:
+    """`python -m hola_megatron.train arguments[rank]` for every rank, each to its own end, as without a launcher.
+
+    folders: the working folder of each rank, as if on its own node.
+    """
+    context, port = rank_server()
+    logs = [folder / f"rank-{rank}.log" for rank in range(len(arguments))]
+    for log in logs:
+        log.write_text("")
+    processes = []
+    for rank, (given, log) in enumerate(zip(arguments, logs, strict=True)):
+        before = partial(os.chdir, folders[rank]) if folders else None
+        processes.append(context.Process(target=_rank, args=(given, log, rank, len(arguments), port, before)))
+        processes[-1].start()
+    deadline = time.monotonic() + timeout
+    try:
+        for process in processes:
+            process.join(max(deadline - time.monotonic(), 0))
+        output = [log.read_text(errors="replace") for log in logs]
+        assert None not in [process.exitcode for process in processes], f"no end within {timeout} s:\n{output}"
+        return [Finished(process.exitcode, text) for process, text in zip(processes, output, strict=True)]
+    finally:
+        for process in processes:
+            process.kill()
+            process.join()
+
+
 def rank_server(preload: str = "preloaded") -> tuple[Any, int]:
     """(the multiprocessing context that forks ranks from a process with everything imported, a free port)."""
     context = multiprocessing.get_context("forkserver")
@@ -105,7 +136,7 @@ def _rank(arguments: list[str], log: Path, rank: int, ranks: int, port: int, bef
     with log.open("a") as output:
         os.dup2(output.fileno(), 1)
         os.dup2(output.fileno(), 2)
-    from hola_megatron.train import main
+    from hola_megatron.train.__main__ import main
 
     if before:
         before()
@@ -138,7 +169,7 @@ def run_tool(name: str, arguments: list[str], capsys: Any) -> Finished:
 
 def run_main(arguments: list[str], capsys: Any) -> Finished:
     """`python -m hola_megatron.train arguments...` in this process, which has paid for its imports already."""
-    from hola_megatron.train import main
+    from hola_megatron.train.__main__ import main
 
     capsys.readouterr()
     code = None
@@ -164,9 +195,21 @@ def write_recipe(path: Path, data: Path, **changes: Any) -> Path:
     return path
 
 
+def small_recipe(path: Path, data: Path, **changes: Any) -> Path:
+    """`write_recipe` with two layers and few micro-batches: a third of the work, for what depends on no model."""
+    batch = math.gcd(4, changes.get("train__global_batch_size", MICRO["train"]["global_batch_size"]))
+    small = {"model__layers": 2, "model__pattern": "HA", "train__micro_batch_size": batch}
+    return write_recipe(path, data, **{**small, **changes})
+
+
 def metric_rows(run: Path, kind: str = "train") -> list[dict[str, Any]]:
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     return [row for row in rows if row["kind"] == kind]
+
+
+def examples(count: int) -> int:
+    """How many examples a property test draws: `count` with --long, a quarter of it otherwise."""
+    return count if LONG else max(count // 4, 1)
 
 
 def checkpoint_tensors(path: Path, kind: str = "weight") -> dict[str, torch.Tensor]:

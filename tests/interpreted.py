@@ -1,39 +1,29 @@
 """Tests whose Triton kernels are interpreted, on the CPU.
 
-Triton decides at its import whether it interprets, so such a test file starts itself again, in a process of its own:
+Triton decides at its import whether it interprets, so these tests have a run of their own, as in `make test`:
 
-    if os.environ.get("TRITON_INTERPRET") != "1":
-        def test_under_the_interpreter(interpreted):    # the fixture of tests/kernels; elsewhere `check_interpreted`
-            interpreted(__file__)
-    else: ...
+    TRITON_INTERPRET=1 pytest
+
+It collects the files that import this module. Those with tests for both runs ask INTERPRETED, those with tests for this
+run alone begin with `only_interpreted()`.
 """
 
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-
-def start_interpreted(file: str | Path, timeout: float = 500) -> subprocess.CompletedProcess[str]:
-    """A pytest of its own over `file`, until it ends."""
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    return subprocess.run([sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", str(file)],
-                          env=environment, capture_output=True, text=True, timeout=timeout, check=False)
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
-def check_interpreted(file: str | Path, timeout: float = 500) -> None:
+def only_interpreted() -> None:
+    """Skip the importing test file in any other run, and where there is no Triton."""
     pytest.importorskip("triton")
-    assert_passed(start_interpreted(file, timeout))
-
-
-def assert_passed(done: subprocess.CompletedProcess[str]) -> None:
-    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
+    if not INTERPRETED:
+        pytest.skip("interprets Triton kernels: run by TRITON_INTERPRET=1 pytest", allow_module_level=True)
 
 
 def patch_language_once() -> None:

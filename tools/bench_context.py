@@ -1,14 +1,14 @@
-"""Long sequences over GPUs: tokens a second, memory, and what every message of a step is hidden behind.
+"""Long sequences over GPUs: tokens a second, memory, and the overlap of every message of a step with other work.
 
     python tools/bench_context.py recipes/hola_340m.yaml --lengths 65536 --json one.json
     python -m hola_megatron.launch --nproc-per-node 4 tools/bench_context.py recipes/hola_340m.yaml \\
         --lengths 262144 1048576:full --base one.json
 
 Every rank started holds one part of the sequence (parallel.context = ranks); one row of one document a step, random
-tokens. A length may carry the recompute mode behind a colon. --base names what --json wrote of another run: its
+tokens. A length may have a recompute mode after a colon. --base is the --json file of another run: its
 tokens a second of one GPU are what rates are compared with. Whole optimizer steps are timed after warm-up; then one
-more step is traced, for the table of overlaps (monitor/overlap.py says what "hidden" and "transfer" are). A length
-that does not fit in memory is said so, and the next one runs.
+more step is traced, for the table of overlaps (profile/overlap.py defines "hidden" and "transfer"). A length
+that does not fit in memory is reported, and the next one runs.
 """
 
 from __future__ import annotations
@@ -28,13 +28,17 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from hola_megatron.arguments import Parser, count, whole
 from hola_megatron.config import Recipe, load_recipe
 from hola_megatron.data.stream import Batch
-from hola_megatron.errors import run_cli
-from hola_megatron.monitor.console import code_version, device_name
-from hola_megatron.monitor.overlap import Overlap, overlaps, table
+from hola_megatron.errors import RecipeError, run_cli
+from hola_megatron.files import FileProblem, read_json, schemas
+from hola_megatron.log.console import code_version, device_name
 from hola_megatron.parallel.collectives import counted
-from hola_megatron.parallel.groups import Layout, start, stop
+from hola_megatron.parallel.groups import Layout
+from hola_megatron.paths import local, output_file, write_output
+from hola_megatron.profile.overlap import Overlap, overlaps, table
+from hola_megatron.startup.start import start, stop
 
 
 def recipe_of(options: argparse.Namespace, length: str) -> Recipe:
@@ -71,12 +75,12 @@ def one_row(recipe: Recipe) -> Batch:
     """One document of random tokens, the same on every rank."""
     length = recipe.train.sequence_length
     tokens = torch.randint(0, recipe.model.vocab_size, (1, length + 1), generator=torch.Generator().manual_seed(0))
-    cuts = torch.tensor([0, length], dtype=torch.int32) if recipe.data.documents == "separate" else None
-    return Batch(tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous(), torch.ones(1, length), cuts)
+    cu_seqlens = torch.tensor([0, length]) if recipe.data.documents == "separate" else None
+    return Batch(tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous(), torch.ones(1, length), cu_seqlens)
 
 
 def traced(engine: Any, batch: Batch, recipe: Recipe) -> list[Overlap]:
-    """What this rank's messages of one step ran beside."""
+    """The overlap of this rank's messages of one step with other work."""
     from torch.profiler import ProfilerActivity, profile
 
     with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler, counted() as sent:
@@ -112,7 +116,7 @@ def try_length(length: str, options: argparse.Namespace) -> dict[str, Any]:
         torch.cuda.empty_cache()
 
 
-def said(numbers: dict[str, Any], base: dict[str, Any] | None) -> str:
+def result_line(numbers: dict[str, Any], base: dict[str, Any] | None) -> str:
     """A line for one length, and its table of messages; base: the numbers of one GPU."""
     where = f"T {numbers['length']:,} on {numbers['ranks']} GPU{'s' * (numbers['ranks'] > 1)}"
     if "problem" in numbers:
@@ -129,29 +133,37 @@ def said(numbers: dict[str, Any], base: dict[str, Any] | None) -> str:
     return line if numbers["ranks"] == 1 else f"{line}\n\n{table(numbers['overlaps'])}\n"
 
 
+def read_base(path: Path) -> dict[str, Any]:
+    """The first length of what --json wrote."""
+    try:
+        return read_json(path, schemas.CONTEXT_NUMBERS)[0]
+    except FileProblem as problem:
+        raise RecipeError(f"--base: {path}: {problem}; give what --json wrote of one GPU") from None
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = Parser(description=__doc__.splitlines()[0])
     parser.add_argument("recipe", type=Path)
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     parser.add_argument("--lengths", nargs="+", default=["65536"], metavar="TOKENS[:full]",
                         help="of the whole sequence")
-    parser.add_argument("--steps", type=int, default=5, help="timed steps of every length")
-    parser.add_argument("--warmup", type=int, default=2, help="steps before timing")
-    parser.add_argument("--json", type=Path, default=None, help="write all numbers here")
-    parser.add_argument("--base", type=Path, default=None, help="what --json wrote of one GPU")
+    parser.add_argument("--steps", type=count, default=5, help="timed steps of every length")
+    parser.add_argument("--warmup", type=whole(0), default=2, help="steps before timing")
+    parser.add_argument("--json", type=output_file("--json"), default=None, help="write all numbers here")
+    parser.add_argument("--base", type=local("--base"), default=None, help="what --json wrote of one GPU")
     options = parser.parse_intermixed_args()
     if not torch.cuda.is_available():
         parser.error("needs a CUDA device")
-    base = json.loads(options.base.read_text())[0] if options.base else None
+    base = read_base(options.base) if options.base else None
     found = []
     for length in options.lengths:
         found.append(try_length(length, options))
         if dist.get_rank() == 0:
-            print(said(found[-1], base), flush=True)
+            print(result_line(found[-1], base), flush=True)
     if dist.get_rank() == 0:
         print(f"{device_name(torch.device('cuda'))}, torch {torch.__version__}, code {code_version()}", flush=True)
         if options.json:
-            options.json.write_text(json.dumps(
+            write_output("--json", options.json, json.dumps(
                 [{n: x for n, x in numbers.items() if n != "overlaps"} for numbers in found], indent=1))
     stop()
 

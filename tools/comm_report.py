@@ -1,4 +1,4 @@
-"""What a context-parallel HOLA layer sends, measured from the messages it issues, beside all-to-all over heads.
+"""Messages of a context-parallel HOLA layer, measured, compared with all-to-all over heads.
 
     python tools/comm_report.py
     python tools/comm_report.py --heads 8 --key-dim 128 --value-dim 128 --ranks 2 4 8 --lengths 4096 8192
@@ -23,10 +23,13 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import Tensor
 
-from hola_megatron.monitor.console import code_version
+from hola_kernels.options import CacheOptions
+from hola_megatron.arguments import Parser, count
+from hola_megatron.errors import run_cli
+from hola_megatron.log.console import code_version
 from hola_megatron.parallel.collectives import Sent, counted
-from hola_megatron.parallel.context import OverRanks, hola_attention_over_ranks, short_conv_over_ranks
-from hola_megatron.parallel.part import Part
+from hola_megatron.parallel.context import ContextParallel, hola_attention_over_ranks, short_conv_over_ranks
+from hola_megatron.parallel.sequence_shard import SequenceShard
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 SHOWN_LENGTHS = (65_536, 262_144, 1_048_576)
@@ -36,7 +39,7 @@ def measure(rank: int, ranks: int, options: argparse.Namespace, folder: str) -> 
     """One process: {length: (forward, backward)} messages to a file."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet{ranks}", rank=rank, world_size=ranks)
-    found = {length: layer(options, Part.of_rows(length // ranks, rank, ranks)) for length in options.lengths}
+    found = {length: layer(options, SequenceShard.of_rows(length // ranks, rank, ranks)) for length in options.lengths}
     plain = {length: [[asdict(sent) for sent in way] for way in ways] for length, ways in found.items()}
     Path(f"{folder}/{ranks}_{rank}.json").write_text(json.dumps(plain))
     dist.barrier()
@@ -49,9 +52,9 @@ def read(path: Path) -> dict[int, tuple[list[Sent], list[Sent]]]:
     return {int(length): tuple([Sent(**sent) for sent in way] for way in ways) for length, ways in plain.items()}
 
 
-def layer(options: argparse.Namespace, part: Part) -> tuple[list[Sent], list[Sent]]:
+def layer(options: argparse.Namespace, part: SequenceShard) -> tuple[list[Sent], list[Sent]]:
     """Convolution and HOLA mixer of one layer over one row, forward and backward."""
-    over, dtype = OverRanks(part, dist.group.WORLD), DTYPES[options.dtype]
+    cp, dtype = ContextParallel(part, dist.group.WORLD), DTYPES[options.dtype]
     heads, key, value = options.heads, options.key_dim, options.value_dim
     generator = torch.Generator().manual_seed(part.rank)
 
@@ -63,11 +66,11 @@ def layer(options: argparse.Namespace, part: Part) -> tuple[list[Sent], list[Sen
     log_decay, beta = -0.01 * normal(1, part.tokens, heads).square(), normal(1, part.tokens, heads).sigmoid()
     parameters = {"gamma_q": normal(key), "gamma_k": normal(key), "gate": normal(heads), "sink": normal(heads)}
     with counted() as forward:
-        mixed = short_conv_over_ranks(x=x, weight=weight, over=over, backend="torch")
+        mixed = short_conv_over_ranks(x=x, weight=weight, cp=cp, backend="torch")
         sections = mixed.split([heads * key, heads * key, heads * value], -1)
         tokens = dict(zip("qkv", (s.unflatten(-1, (heads, -1)) for s in sections), strict=True))
-        o = hola_attention_over_ranks(**tokens, log_decay=log_decay, beta=beta, **parameters, over=over,
-                                      block=options.block, slots=options.slots, backend="torch")
+        o = hola_attention_over_ranks(**tokens, log_decay=log_decay, beta=beta, **parameters, cp=cp,
+                                      options=CacheOptions(options.block, options.slots), backend="torch")
     with counted() as backward:
         o.float().square().mean().backward()
     return forward, backward
@@ -101,15 +104,15 @@ def table(options: argparse.Namespace, ranks: int, found: list[dict[int, tuple[l
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Bytes a context-parallel HOLA layer sends.")
+    parser = Parser(description="Bytes a context-parallel HOLA layer sends.")
     add = parser.add_argument
-    add("--ranks", type=int, nargs="+", default=[2, 4, 8])
-    add("--lengths", type=int, nargs="+", default=[2048, 4096, 8192], help="tokens of a row, over all ranks")
-    add("--heads", type=int, default=4)
-    add("--key-dim", type=int, default=256)
-    add("--value-dim", type=int, default=256)
-    add("--block", type=int, default=256)
-    add("--slots", type=int, default=64)
+    add("--ranks", type=count, nargs="+", default=[2, 4, 8])
+    add("--lengths", type=count, nargs="+", default=[2048, 4096, 8192], help="tokens of a row, over all ranks")
+    add("--heads", type=count, default=4)
+    add("--key-dim", type=count, default=256)
+    add("--value-dim", type=count, default=256)
+    add("--block", type=count, default=256)
+    add("--slots", type=count, default=64)
     add("--dtype", choices=DTYPES, default="bf16")
     options = parser.parse_args()
     for ranks in options.ranks:
@@ -142,4 +145,4 @@ def main() -> None:
 
 if __name__ == "__main__":
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-    main()
+    run_cli(main)

@@ -1,4 +1,4 @@
-"""Our training step beside that of flash-linear-attention's Gated DeltaNet of equal shape, on one GPU.
+"""Our training step compared with that of flash-linear-attention's Gated DeltaNet of equal shape, on one GPU.
 
     python tools/compare.py recipes/hola_340m.yaml [section.key=value ...] [--sides hola,gdn,fla-bf16,fla-fp32]
 
@@ -18,31 +18,33 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from hola_megatron.arguments import Parser, count, positive
 from hola_megatron.config import load_recipe
 from hola_megatron.errors import RecipeError, run_cli
+from hola_megatron.paths import output_file, write_output
 
 SIDES = {"hola": "hola_megatron, the recipe", "gdn": "hola_megatron, without exact cache",
          "fla-bf16": "fla Gated DeltaNet, bf16 weights", "fla-fp32": "fla Gated DeltaNet, fp32 weights + autocast"}
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = Parser(description=__doc__.splitlines()[0])
     parser.add_argument("recipe", type=Path)
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     parser.add_argument("--sides", default=",".join(SIDES), help=f"which of {', '.join(SIDES)}; default all")
-    parser.add_argument("--steps", type=int, default=10, help="timed steps")
-    parser.add_argument("--warmup", type=int, default=3, help="steps before timing")
-    parser.add_argument("--micro-batches", type=int, default=1, help="micro-batches of a step")
-    parser.add_argument("--timeout", type=float, default=900, help="seconds one side may take")
-    parser.add_argument("--json", type=Path, default=None, help="write all numbers here")
-    parser.add_argument("--markdown", type=Path, default=None, help="write the table here")
+    parser.add_argument("--steps", type=count, default=10, help="timed steps")
+    parser.add_argument("--warmup", type=count, default=3, help="steps before timing")
+    parser.add_argument("--micro-batches", type=count, default=1, help="micro-batches of a step")
+    parser.add_argument("--timeout", type=positive, default=900, help="seconds one side may take")
+    parser.add_argument("--json", type=output_file("--json"), default=None, help="write all numbers here")
+    parser.add_argument("--markdown", type=output_file("--markdown"), default=None, help="write the table here")
     parser.add_argument("--alone", action="store_true", help=argparse.SUPPRESS)  # one side, in this very process
     args = parser.parse_intermixed_args()
     sides = [side for side in args.sides.split(",") if side]
     recipe = load_recipe(args.recipe, args.overrides)
     _check(args, sides)
     if any(side.startswith("fla") for side in sides):
-        from hola_megatron.monitor.rival import check_rival
+        from hola_megatron.profile.rival import check_rival
 
         check_rival(recipe)
     if args.alone:
@@ -52,28 +54,28 @@ def main() -> int:
     text = table(rows)
     print(f"\n{text}", flush=True)
     if args.json:
-        args.json.write_text(json.dumps(rows, indent=1))
+        write_output("--json", args.json, json.dumps(rows, indent=1))
     if args.markdown:
-        args.markdown.write_text(text + "\n")
+        write_output("--markdown", args.markdown, text + "\n")
     return 1 if any("problem" in row for row in rows.values()) else 0
 
 
 def run_side(side: str, args: argparse.Namespace) -> dict[str, Any]:
     """A side in a process of its own: its numbers, or {"problem": ...}."""
-    from hola_megatron.monitor.sweep import outcome
+    from hola_megatron.profile.sweep import outcome
 
     numbers, problem = outcome(
         [sys.executable, __file__, str(args.recipe), *args.overrides, "--sides", side, "--steps", str(args.steps),
          "--warmup", str(args.warmup), "--micro-batches", str(args.micro_batches), "--alone"], args.timeout)
     found = {"problem": problem} if numbers is None else numbers
-    said = problem or f"{numbers['tokens_per_second']:,.0f} tok/s, first step {numbers['first_step_s']:.1f} s"
-    print(f"{side}: {said}", flush=True)
+    text = problem or f"{numbers['tokens_per_second']:,.0f} tok/s, first step {numbers['first_step_s']:.1f} s"
+    print(f"{side}: {text}", flush=True)
     return found
 
 
 def time_side(side: str, args: argparse.Namespace) -> None:
     """Time one side and write its numbers to --json."""
-    from hola_megatron.monitor.rival import compiled_before, versions
+    from hola_megatron.profile.rival import compiled_before, versions
 
     about = {"compiled_before": compiled_before(), "versions": versions(), "micro_batches": args.micro_batches}
     recipe = load_recipe(args.recipe, [*args.overrides, *(["model.pattern=G"] if side == "gdn" else [])])
@@ -83,13 +85,13 @@ def time_side(side: str, args: argparse.Namespace) -> None:
     else:
         numbers = _ours(recipe, args)
     if args.json:
-        args.json.write_text(json.dumps(about | numbers))
+        write_output("--json", args.json, json.dumps(about | numbers))
 
 
 def _ours(recipe: Any, args: argparse.Namespace) -> dict[str, Any]:
-    from hola_megatron.monitor.profiler import ProfileOptions, profile_recipe
-    from hola_megatron.parallel.groups import stop
     from hola_megatron.plan.parameters import parameters_by_part
+    from hola_megatron.profile.profiler import ProfileOptions, profile_recipe
+    from hola_megatron.startup.start import stop
 
     options = ProfileOptions(steps=args.steps, warmup=args.warmup, micro_batches=args.micro_batches, parts=False,
                              json_path=args.json)
@@ -102,8 +104,8 @@ def _ours(recipe: Any, args: argparse.Namespace) -> dict[str, Any]:
 def _rival_or_out_of_memory(recipe: Any, weights: str, args: argparse.Namespace) -> dict[str, Any]:
     import torch
 
-    from hola_megatron.monitor.console import device_name
-    from hola_megatron.monitor.rival import time_rival
+    from hola_megatron.log.console import device_name
+    from hola_megatron.profile.rival import time_rival
 
     try:
         numbers = time_rival(recipe, weights, steps=args.steps, warmup=args.warmup, micro_batches=args.micro_batches)
@@ -116,8 +118,8 @@ def _rival_or_out_of_memory(recipe: Any, weights: str, args: argparse.Namespace)
 
 def table(rows: dict[str, dict[str, Any]]) -> str:
     """Markdown: a row a side, and how many times theirs ours is."""
-    from hola_megatron.monitor.console import code_version
-    from hola_megatron.monitor.profile_report import table as markdown
+    from hola_megatron.log.console import code_version
+    from hola_megatron.profile.profile_report import table as markdown
 
     done = [row for row in rows.values() if "problem" not in row]
     lines = []

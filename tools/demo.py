@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hola_megatron.quiet  # isort: skip  # noqa: F401
 
-import argparse
 import json
 import lzma
 import math
@@ -22,12 +21,16 @@ from collections import Counter
 from importlib import resources
 from pathlib import Path
 
+from hola_megatron.arguments import Parser
 from hola_megatron.checkpoint.folder import open_checkpoint
-from hola_megatron.errors import UserError, run_cli
-from hola_megatron.monitor.metrics import drop_rows_after, read_rows
+from hola_megatron.errors import RecipeError, UserError, run_cli
+from hola_megatron.files.ownership import beside, owned
+from hola_megatron.log.metrics import drop_rows_after, read_rows
+from hola_megatron.paths import output
 
 RECIPE = "recipes/hola_tiny.yaml"
 RANKS = 2
+MARKER = "made_by_demo"  # a folder without it is somebody's own
 
 
 class DemoError(UserError):
@@ -35,20 +38,33 @@ class DemoError(UserError):
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--folder", type=Path, default=Path("runs/demo"), help="where everything goes; made anew")
+    parser = Parser(description=__doc__.splitlines()[0])
+    parser.add_argument("--folder", type=output("--folder"), default=Path("runs/demo"),
+                        help="output folder; created again")
     parser.add_argument("overrides", nargs="*", help="section.key=value for the recipe")
     args = parser.parse_intermixed_args()
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 2) // RANKS)))
     began = time.monotonic()
-    if args.folder.exists():
-        shutil.rmtree(args.folder)
-    Demo(args.folder, args.overrides).run()
+    args.folder.parent.mkdir(parents=True, exist_ok=True)
+    with owned(beside(args.folder, "wait for its end, or choose another --folder")):
+        make_anew(args.folder)
+        Demo(args.folder, args.overrides).run()
     print(f"\ndemo finished in {(time.monotonic() - began) / 60:.1f} minutes")
 
 
+def make_anew(folder: Path) -> None:
+    """An empty folder, replacing an earlier demo's. Raises RecipeError for any other folder."""
+    if folder.exists():
+        if not folder.is_dir() or (any(folder.iterdir()) and not (folder / MARKER).is_file()):
+            raise RecipeError(f"--folder: {folder} exists and was not made by this tool ({MARKER} is not there), so it "
+                              "is not removed; choose another name")
+        shutil.rmtree(folder)
+    folder.mkdir(parents=True)
+    (folder / MARKER).touch()
+
+
 class Demo:
-    """The steps, in order; each says what it does and where the result is."""
+    """The steps, in order; each prints what it does and where the result is."""
 
     def __init__(self, folder: Path, overrides: list[str]):
         self.folder, self.overrides = folder, overrides
@@ -76,7 +92,7 @@ class Demo:
     def kill_and_resume(self) -> None:
         heading("3. the same run, killed (SIGKILL) after its second checkpoint, and started again")
         steps = sorted((self.whole / "checkpoints").iterdir())
-        self.check(len(steps) >= 2, "the run kept fewer than two checkpoints")
+        self.check(len(steps) >= 2, "the run has fewer than two checkpoints")
         shutil.copytree(self.whole, self.broken)
         last, before = steps[-1].name, steps[-2].name
         shutil.rmtree(self.broken / "checkpoints" / last)
@@ -126,7 +142,7 @@ class Demo:
                    f"data.valid={self.data / 'valid'}", *self.overrides]
         if not quiet:
             return subprocess.Popen(command, start_new_session=True)
-        # a killed run's surviving ranks have much to say of their lost peers
+        # surviving ranks of a killed run print many lines about their lost peers
         with run.with_suffix(".log").open("a") as log:
             return subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
 
@@ -151,7 +167,7 @@ def bundled_text() -> str:
 
 
 def held_out_text() -> str:
-    """The last 2 % of the bundled text, which lies inside the held-out part."""
+    """The last 2 % of the bundled text, which is inside the held-out part."""
     text = bundled_text()
     return text[-len(text) // 50:]
 

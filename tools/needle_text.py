@@ -16,10 +16,12 @@ import json
 import os
 import re
 from itertools import islice
-from pathlib import Path
 
-from hola_megatron.data.documents import DocumentReader, find_sources
+from hola_megatron.arguments import Parser, any_whole
+from hola_megatron.data.documents import DocumentReader
+from hola_megatron.data.sources import find_sources
 from hola_megatron.errors import DataError, RecipeError, run_cli
+from hola_megatron.paths import output
 
 SENTENCES = 200_000  # of the noise texts, at most: 25 MB
 # a whole sentence of a line, without digits, which would be other numbers
@@ -27,13 +29,13 @@ SENTENCE = re.compile(r"(?:^|(?<=[.!?]\s))[A-Z][^.\n\d]{20,200}\.(?=\s|$)", re.M
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--documents", type=int, required=True, help="texts to write")
+    add("--documents", type=any_whole, required=True, help="texts to write")
     add("--noise", nargs="+", default=[], metavar="TEXT", help="files, folders or patterns to take sentences from")
     add("--text-field", default="text", help="key (jsonl) or column (parquet) of the text; default %(default)s")
-    add("--seed", type=int, default=0, help="of numbers, places and lengths; default %(default)s")
-    add("--out", type=Path, required=True, metavar="FILE.jsonl", help="file to write")
+    add("--seed", type=any_whole, default=0, help="of numbers, positions and lengths; default %(default)s")
+    add("--out", type=output("--out"), required=True, metavar="FILE.jsonl", help="file to write")
     return parser
 
 
@@ -54,7 +56,7 @@ def main() -> int:
 
 
 def _sentences(args: argparse.Namespace) -> list[str]:
-    """Sentences of the noise texts, each with a space behind it. DataError where --noise holds none."""
+    """Sentences of the noise texts, each with a space after it. Raises DataError where --noise has none."""
     reader = DocumentReader(find_sources(args.noise), text_field=args.text_field)
     found = [f"{sentence} " for sentence in islice((s for text in reader for s in SENTENCE.findall(text)), SENTENCES)]
     if args.noise and not found:

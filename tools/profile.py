@@ -18,34 +18,38 @@ import argparse
 import os
 from pathlib import Path
 
+from hola_megatron.arguments import Parser, count, positive
 from hola_megatron.config import load_recipe
 from hola_megatron.errors import RecipeError, run_cli
+from hola_megatron.paths import output_file, write_output
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = Parser(description=__doc__.splitlines()[0])
     parser.add_argument("recipe", type=Path)
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
-    parser.add_argument("--steps", type=int, default=10, help="timed steps")
-    parser.add_argument("--warmup", type=int, default=3, help="steps before timing (kernels are compiled in the first)")
-    parser.add_argument("--micro-batches", type=int, default=None,
+    parser.add_argument("--steps", type=count, default=10, help="timed steps")
+    parser.add_argument("--warmup", type=count, default=3,
+                        help="steps before timing (kernels are compiled in the first)")
+    parser.add_argument("--micro-batches", type=count, default=None,
                         help="micro-batches a rank makes for a step; default the recipe's (fewer is quicker to time)")
     parser.add_argument("--data", action="store_true", help="read the recipe's data instead of synthetic tokens")
-    parser.add_argument("--trace", type=Path, default=None, help="write a torch profiler trace of one step here")
-    parser.add_argument("--json", type=Path, default=None, help="write all numbers here")
-    parser.add_argument("--markdown", type=Path, default=None, help="write what is printed here")
+    parser.add_argument("--trace", type=output_file("--trace"),
+                        help="write a torch profiler trace of one step here")
+    parser.add_argument("--json", type=output_file("--json"), default=None, help="write all numbers here")
+    parser.add_argument("--markdown", type=output_file("--markdown"), default=None, help="write what is printed here")
     parser.add_argument("--sweep", action="append", metavar="section.key=value,value,...",
                         help="try these values; with several, every combination")
-    parser.add_argument("--ranks", type=int, default=1, help="processes of each run of a sweep")
-    parser.add_argument("--timeout", type=float, default=900, help="seconds one run of a sweep may take")
+    parser.add_argument("--ranks", type=count, default=1, help="processes of each run of a sweep")
+    parser.add_argument("--timeout", type=positive, default=900, help="seconds one run of a sweep may take")
     args = parser.parse_intermixed_args()
     _check(args)
     if args.sweep:
         sweep(args)
         return
-    recipe = load_recipe(args.recipe, args.overrides)  # a mistake in it is told before imports that cost seconds
-    from hola_megatron.monitor.profiler import ProfileOptions, profile_recipe
-    from hola_megatron.parallel.groups import stop
+    recipe = load_recipe(args.recipe, args.overrides)  # report mistakes before slow imports
+    from hola_megatron.profile.profiler import ProfileOptions, profile_recipe
+    from hola_megatron.startup.start import stop
 
     options = ProfileOptions(steps=args.steps, warmup=args.warmup, micro_batches=args.micro_batches,
                              real_data=args.data, trace=args.trace, json_path=args.json, markdown_path=args.markdown)
@@ -54,21 +58,21 @@ def main() -> None:
 
 
 def sweep(args: argparse.Namespace) -> None:
-    from hola_megatron.monitor.sweep import combinations, run_sweep, sweep_json, sweep_table
+    from hola_megatron.profile.sweep import combinations, run_sweep, sweep_json, sweep_table
 
     settings = combinations(args.sweep)
-    load_recipe(args.recipe, args.overrides)  # what is wrong whatever the combination is told at once
+    load_recipe(args.recipe, args.overrides)  # report mistakes that do not depend on the combination at once
     arguments = [str(args.recipe), *args.overrides, "--steps", str(args.steps), "--warmup", str(args.warmup)]
     arguments += ["--micro-batches", str(args.micro_batches)] if args.micro_batches else []
     arguments += ["--data"] if args.data else []
     rows = run_sweep(Path(__file__), arguments, settings, ranks=args.ranks, timeout_s=args.timeout,
-                     say=lambda line: print(line, flush=True))
+                     log=lambda line: print(line, flush=True))
     text = sweep_table(rows)
     print(f"\n{text}", flush=True)
     if args.json:
-        args.json.write_text(sweep_json(rows))
+        write_output("--json", args.json, sweep_json(rows))
     if args.markdown:
-        args.markdown.write_text(text + "\n")
+        write_output("--markdown", args.markdown, text + "\n")
 
 
 def _check(args: argparse.Namespace) -> None:

@@ -1,8 +1,8 @@
-"""Logical tensors in and out of safetensors shards, at any parallel layout.
+"""Reading of logical tensors from safetensors shards, at any parallel layout.
 
-Every rank writes the slices it owns; the manifest says, for each logical tensor, its shape
-and which file holds which rows along which axis. A reader asks for any slice of any tensor
-and gets it from whatever shards overlap it, so a checkpoint has no layout of its own.
+Every rank writes its own slices. The manifest lists, for each logical tensor, its shape and the file and rows of each
+shard. A reader assembles any slice of any tensor from the shards that overlap it, so a checkpoint is independent of
+the layout.
 """
 
 from __future__ import annotations
@@ -11,10 +11,27 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from hola_megatron.checkpoint.reading import read_with_retries
 from hola_megatron.errors import CheckpointError
+from hola_megatron.files import DamagedFile, FileProblem
+from hola_megatron.files.tensors import TensorFile
+
+LAYER_STATE = "layer_state"  # the kind of tensor of `LayerKind.states`, beside "weight" and the moments
+
+
+def exported_index(manifest: dict[str, Any]) -> dict[str, Any]:
+    """The index of what an export holds: weights, and states of layers."""
+    return manifest["tensors"]["weight"] | manifest["tensors"].get(LAYER_STATE, {})
+
+
+def with_layer_states(index: dict[str, Any], names: set[str]) -> dict[str, Any]:
+    """{kind: {name: entry}} in which states of layers that are listed as weights, as an export lists them, are a kind
+    of their own."""
+    found = {name: entry for name, entry in index["weight"].items() if name in names}
+    rest = {name: entry for name, entry in index["weight"].items() if name not in names}
+    return {**index, "weight": rest, LAYER_STATE: index.get(LAYER_STATE, {}) | found}
 
 
 def shard_entry(file: str, key: str, axis: int, offset: int, rows: int) -> dict[str, Any]:
@@ -27,7 +44,7 @@ class TensorReader:
 
     def __init__(self, folder: Path, index: dict[str, Any]):
         self.folder, self.index = folder, index
-        self._files: dict[str, Any] = {}
+        self._files: dict[Path, TensorFile] = {}
 
     def names(self) -> list[str]:
         return sorted(self.index)
@@ -41,7 +58,10 @@ class TensorReader:
         return self.slice(name, 0, 0, shape[0] if shape else 1)
 
     def slice(self, name: str, axis: int, offset: int, rows: int) -> Tensor:
-        """Rows [offset, offset + rows) along `axis`; the shards may be cut along another axis."""
+        """Rows [offset, offset + rows) along `axis`, float32; the shards may be sliced along another axis.
+
+        Raises CheckpointError.
+        """
         entry = self._entry(name)
         shape = list(entry["shape"])
         shape[axis] = rows
@@ -56,29 +76,32 @@ class TensorReader:
 
     def _copy_overlap(self, result: Tensor, shard: dict[str, Any], shape: list[int], axis: int, offset: int,
                       rows: int) -> int:
-        """Copy the part of a shard that lies in the wanted slice; returns how many values."""
-        begin, end = [0] * len(shape), list(shape)
-        begin[shard["axis"]], end[shard["axis"]] = shard["offset"], shard["offset"] + shard["rows"]
-        low = [max(b, offset) if i == axis else b for i, b in enumerate(begin)]
+        """Copy the overlap of a shard and the slice to `result`; returns its number of values."""
+        start, end = [0] * len(shape), list(shape)
+        start[shard["axis"]], end[shard["axis"]] = shard["offset"], shard["offset"] + shard["rows"]
+        low = [max(s, offset) if i == axis else s for i, s in enumerate(start)]
         high = [min(e, offset + rows) if i == axis else e for i, e in enumerate(end)]
         if any(h <= l for l, h in zip(low, high, strict=True)):
             return 0
-        source = tuple(slice(l - b, h - b) for l, h, b in zip(low, high, begin, strict=True))
+        source = tuple(slice(l - s, h - s) for l, h, s in zip(low, high, start, strict=True))
         origin = [offset if i == axis else 0 for i in range(len(shape))]
         target = tuple(slice(l - o, h - o) for l, h, o in zip(low, high, origin, strict=True))
-        part = self._open(shard["file"]).get_slice(shard["key"])[source]
-        result[target] = part
-        return part.numel()
+        path = self.folder / shard["file"]
+        try:
+            overlap = self._open(path).slice(shard["key"], source)
+            if overlap.shape != result[target].shape:
+                raise DamagedFile(f"damaged (the shape of {shard['key']} is not that of the manifest)")
+        except FileProblem as problem:
+            raise CheckpointError(f"{path}: {problem}; use another checkpoint") from None
+        result[target] = overlap
+        return overlap.numel()
 
     def _entry(self, name: str) -> dict[str, Any]:
         if name not in self.index:
             raise CheckpointError(f"{self.folder}: has no tensor {name}; it belongs to a model of another shape")
         return self.index[name]
 
-    def _open(self, file: str) -> Any:
-        if file not in self._files:
-            try:
-                self._files[file] = safe_open(self.folder / file, framework="pt")
-            except (OSError, SafetensorError) as error:
-                raise CheckpointError(f"{self.folder / file}: cannot be read ({error})") from None
-        return self._files[file]
+    def _open(self, path: Path) -> TensorFile:
+        if path not in self._files:
+            self._files[path] = read_with_retries(path, lambda: TensorFile(path))
+        return self._files[path]

@@ -1,10 +1,9 @@
-"""Writing a checkpoint while training goes on.
+"""Writing of a checkpoint in the background.
 
-Each rank hands over a copy of what it owns and trains on; its thread writes the files and,
-last, a report `rank-NNNNN.json`. Rank 0's thread waits for all reports, writes the manifest
-and gives the folder its name. Ranks meet only in the folder, so no collective runs beside
-those of the training step. A kill at any moment leaves a `.tmp` folder that counts for nothing.
-Writing, syncing and hashing all release Python's interpreter lock.
+Each rank passes a host copy of its tensors to its writer thread and continues to train. The thread writes the files
+and, last, a report `rank-NNNNN.json`. Rank 0's thread waits for all reports, writes the manifest and renames the
+folder. Threads communicate only through the folder, so no collective runs concurrently with the training step's. A kill
+at any moment leaves a `.tmp` folder, which is ignored. Writing, syncing and hashing release the interpreter lock.
 """
 
 from __future__ import annotations
@@ -23,37 +22,46 @@ from torch import Tensor
 
 from hola_megatron.checkpoint.folder import file_digest, finish_writing, sync_file, write_durably
 from hola_megatron.errors import CheckpointError
+from hola_megatron.files import FileProblem, read_json, schemas
 
 POLL_SECONDS = 0.05
 
 
 @dataclass(frozen=True)
-class Held:
-    """What one rank writes: {file: {key: CPU tensor}}, and where each belongs in the logical tensors."""
+class HostSnapshot:
+    """What one rank writes.
+
+    files: {file: {key: CPU tensor}}. index: {kind: {logical tensor: shape and shards}}, as in the manifest. nonfinite:
+    names of the tensors with a value that is not finite ("exp_avg_sq of model.norm.weight").
+    """
 
     files: dict[str, dict[str, Tensor]]
     index: dict[str, Any]
-    finite: bool = True
+    nonfinite: tuple[str, ...] = ()
 
     @property
     def nbytes(self) -> int:
         return sum(tensor.nbytes for tensors in self.files.values() for tensor in tensors.values())
 
 
-def write_rank(held: Held, rank: int, folder: Path) -> None:
-    """Write one rank's files and then its report; OSError if the disk refuses."""
+def write_rank(snapshot: HostSnapshot, rank: int, folder: Path) -> None:
+    """Write one rank's files and then its report. Raises OSError."""
     files = {}
-    for name, tensors in held.files.items():
+    for name, tensors in snapshot.files.items():
         if tensors:
             save_file(tensors, folder / name)
             sync_file(folder / name)
             files[name] = {"bytes": (folder / name).stat().st_size, "sha256": file_digest(folder / name)}
     write_durably(folder / f"rank-{rank:05d}.json",
-                  json.dumps({"files": files, "index": held.index, "finite": held.finite}).encode())
+                  json.dumps({"files": files, "index": snapshot.index, "finite": not snapshot.nonfinite}).encode())
 
 
-def put_together(folder: Path, ranks: int, manifest: dict[str, Any], keep_waiting: Callable[[], bool]) -> Path | None:
-    """Wait for every rank's report, write the manifest, name the folder; None if told not to wait any longer."""
+def assemble(folder: Path, ranks: int, manifest: dict[str, Any], keep_waiting: Callable[[], bool],
+                 note: Callable[[str], None] = lambda doing: None) -> Path | None:
+    """Wait for every rank's report, write the manifest and rename the folder, which is returned.
+
+    keep_waiting: called between reads; None is returned when it is false. note: called with a description of the wait.
+    """
     names = [folder / f"rank-{rank:05d}.json" for rank in range(ranks)]
     reports: dict[Path, Any] = {}
     while len(reports) < ranks:
@@ -61,9 +69,12 @@ def put_together(folder: Path, ranks: int, manifest: dict[str, Any], keep_waitin
             if name not in reports and (report := _read(name)) is not None:
                 reports[name] = report
         if len(reports) < ranks:
+            missing = [str(rank) for rank, name in enumerate(names) if name not in reports]
+            note(f"no report of rank {', '.join(missing[:8])}{' and others' if len(missing) > 8 else ''} in {folder}")
             if not keep_waiting():
                 return None
             time.sleep(POLL_SECONDS)
+    note(f"the manifest of {folder} is being written")
     for name in names:
         name.unlink()
     healthy = manifest.get("healthy", True) and all(report["finite"] for report in reports.values())
@@ -85,18 +96,19 @@ def merge(reports: list[dict[str, Any]]) -> dict[str, Any]:
 
 def _read(path: Path) -> Any:
     try:
-        return json.loads(path.read_bytes())
-    except (OSError, ValueError):  # not there yet, or not all of it
+        return read_json(path, schemas.RANK_REPORT)
+    except FileProblem:  # not written yet, or partly
         return None
 
 
 def refusal(root: Path, why: object) -> CheckpointError:
+    """The error for a checkpoint under `root` that could not be written; why: the reason."""
     return CheckpointError(f"{root}: the checkpoint could not be written ({why}); earlier ones are untouched, "
                            "free the disk or mend the folder and start the run again")
 
 
 def _clear_up(actions: Sequence[Callable[[], object]]) -> None:
-    """The checkpoint is whole; what fails now is told and costs nothing else."""
+    """Run the actions after a complete checkpoint; an error is printed and has no other effect."""
     for action in actions:
         try:
             action()
@@ -105,7 +117,7 @@ def _clear_up(actions: Sequence[Callable[[], object]]) -> None:
 
 
 class BackgroundWriter:
-    """One checkpoint at a time, on one rank. After `start`, look at `busy`; `take_result` once it is false."""
+    """Writes one checkpoint at a time, on one rank. After `start`, poll `busy`; then call `take_result`."""
 
     def __init__(self, rank: int, ranks: int):
         self.rank, self.ranks = rank, ranks
@@ -113,6 +125,8 @@ class BackgroundWriter:
         self._give_up = threading.Event()
         self._path: Path | None = None
         self._error: CheckpointError | None = None
+        self.folder: Path | None = None  # of the current or last checkpoint
+        self.doing = ""  # current action of the thread, for messages about a slow one
 
     @property
     def busy(self) -> bool:
@@ -122,31 +136,38 @@ class BackgroundWriter:
     def failed(self) -> bool:
         return self._error is not None
 
-    def start(self, held: Held, folder: Path, manifest: dict[str, Any],
+    def start(self, snapshot: HostSnapshot, folder: Path, manifest: dict[str, Any],
               afterwards: Sequence[Callable[[], object]] = ()) -> None:
-        """Begin writing `held` to `folder`; rank 0 also finishes it and then calls each of `afterwards`."""
+        """Start to write `snapshot` to `folder`; rank 0 also assembles it and then calls each of `afterwards`."""
         assert not self.busy, "one checkpoint at a time"
         self._path = self._error = None
+        self.folder = folder
+        self._note(f"rank {self.rank} writes its files in {folder}")
 
         def work() -> None:
             try:
-                write_rank(held, self.rank, folder)
+                write_rank(snapshot, self.rank, folder)
                 if self.rank == 0:
-                    self._path = put_together(folder, self.ranks, manifest, lambda: not self._give_up.is_set())
+                    self._path = assemble(folder, self.ranks, manifest, lambda: not self._give_up.is_set(),
+                                              self._note)
+                    self._note(f"{folder.parent}: older checkpoints are being removed")
                     _clear_up(afterwards if self._path else ())
-            except Exception as error:  # a thread must not die unseen (safetensors has its own kind for a full disk)
+            except Exception as error:  # any: safetensors has an error type of its own for a full disk
                 self._error = refusal(folder.parent, error)
 
         self._thread = threading.Thread(target=work, name="checkpoint writer", daemon=True)
         self._thread.start()
 
+    def _note(self, doing: str) -> None:
+        self.doing = doing
+
     def wait(self, seconds: float) -> None:
-        """At most so long, until this rank's part is written (rank 0: until the checkpoint is whole)."""
+        """Wait up to `seconds` until this rank's files are written (rank 0: until the checkpoint is complete)."""
         if self._thread is not None:
             self._thread.join(seconds)
 
     def take_result(self) -> Path | None:
-        """The finished checkpoint, once (rank 0 only); CheckpointError if it could not be written."""
+        """The finished checkpoint, once (rank 0 only). Raises CheckpointError if it could not be written."""
         self._thread = None
         path, error, self._path, self._error = self._path, self._error, None, None
         if error:
@@ -154,7 +175,7 @@ class BackgroundWriter:
         return path
 
     def abandon(self, seconds: float) -> None:
-        """The run is ending in an error: let a writing that can finish do so, do not wait for ranks that are gone."""
+        """After an error of the run: wait up to `seconds` for the writer, then stop waiting for other ranks."""
         if self._thread is not None:
             self._thread.join(seconds)
             self._give_up.set()

@@ -1,112 +1,55 @@
 """Documents out of text files, in a fixed order.
 
-A file's form is told by its suffix: `.txt` (one document, or several parted by a separator line),
-`.jsonl` (one JSON object a line) and `.parquet`; the first two also packed as .gz, .xz or .zst.
-Text is passed on exactly as stored: line ends are kept, and what is not valid Unicode is an error.
+Text is not changed: line ends are kept, and invalid Unicode is an error.
 """
 
 from __future__ import annotations
 
-import glob
 import gzip
-import hashlib
 import io
 import itertools
 import json
 import lzma
 import zlib
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, BinaryIO
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, BinaryIO, NamedTuple
 
+from hola_megatron.data.duplicates import SeenTexts
+from hola_megatron.data.sources import BUNDLED, BUNDLED_PARTS, Source
 from hola_megatron.errors import DataError
 
-FORMATS = ("txt", "jsonl", "parquet")
-PACKINGS = ("gz", "xz", "zst")
-ALLOWED = ".txt, .jsonl (each also .gz, .xz, .zst), .parquet"
-
-BUNDLED = Path(__file__).parent / "bundled" / "shakespeare.txt.xz"
-BUNDLED_PARTS = ("train", "valid")
 # Lengths, in characters, at which one bundled document ends and the next begins, in turn: short
 # scenes and long ones, so that packed samples hold from one to many documents.
 _BUNDLED_LENGTHS = (200, 2000, 600, 6000, 1200, 400, 3500)
+_BUFFER = 1 << 20
 
 
-@dataclass(frozen=True)
-class Source:
-    """One input file: its path, form (of FORMATS, or "bundled-" and a part) and packing (of PACKINGS, or "")."""
+class Mark(NamedTuple):
+    """A place between two documents, from which reading can begin, and what was counted before it.
 
-    path: Path
-    form: str
-    packing: str
-
-    def describe(self) -> dict[str, Any]:
-        """Name, size and sha256 of the file, for the dataset's record."""
-        with self.path.open("rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
-        return {"name": self.path.name, "bytes": self.path.stat().st_size, "sha256": digest}
-
-
-def find_sources(inputs: Sequence[str]) -> list[Source]:
-    """The files that `inputs` name, in the order given; a folder's files by sorted relative path.
-
-    Args:
-        inputs: files, folders (searched whole; files of other suffixes and hidden ones are left out)
-            or glob patterns.
-
-    Raises:
-        DataError: nothing matched, a named file has an unknown suffix, or a file is named twice.
+    Attributes:
+        source: number of the file among the sources.
+        item: what comes before it in the file: lines (txt with a separator, jsonl), rows (parquet) or documents.
+        documents, empty, duplicates: documents given out, and left out because they had no text or were there before.
+        text_bytes: UTF-8 bytes of the documents given out.
     """
-    sources: list[Source] = []
-    for given in inputs:
-        found = _expand(given)
-        if not found:
-            raise DataError(f"input {given!r}: no file matched; give files, folders or patterns of {ALLOWED}")
-        sources += found
-    seen: set[Path] = set()
-    for source in sources:
-        resolved = source.path.resolve()
-        if resolved in seen:
-            raise DataError(f"input {source.path}: named twice, its documents would be counted double; name it once")
-        seen.add(resolved)
-    return sources
+
+    source: int = 0
+    item: int = 0
+    documents: int = 0
+    empty: int = 0
+    duplicates: int = 0
+    text_bytes: int = 0
 
 
-def bundled_source(part: str) -> Source:
-    """The text that comes with the project, `part` "train" (first 95 % of the lines) or "valid".
-
-    It is read as documents of 200 to 8,000 characters, each some whole speeches.
-    """
-    return Source(BUNDLED, f"bundled-{part}", "xz")
+BEGINNING = Mark()
 
 
-def _expand(given: str) -> list[Source]:
-    path = Path(given)
-    if path.is_dir():
-        files = sorted(p for p in path.rglob("*") if p.is_file() and not _hidden(p.relative_to(path)))
-        return [source for p in files if (source := _classify(p))]
-    paths = [path] if path.is_file() else [Path(p) for p in sorted(glob.glob(given, recursive=True))]
-    sources = []
-    for file in (p for p in paths if p.is_file()):
-        source = _classify(file)
-        if source is None:
-            raise DataError(f"input {file}: unknown suffix {''.join(file.suffixes)!r}; allowed are {ALLOWED}")
-        sources.append(source)
-    return sources
+class Document(NamedTuple):
+    """A text, and the mark before it."""
 
-
-def _hidden(path: Path) -> bool:
-    return any(part.startswith(".") for part in path.parts)
-
-
-def _classify(path: Path) -> Source | None:
-    """The source at `path`, or None where its suffix says nothing we read."""
-    parts = path.name.lower().split(".")[1:]
-    packing = parts.pop() if parts and parts[-1] in PACKINGS else ""
-    form = parts[-1] if parts else ""
-    known = form in FORMATS and not (packing and form == "parquet")
-    return Source(path, form, packing) if known else None
+    mark: Mark
+    text: str
 
 
 class DocumentReader:
@@ -119,116 +62,195 @@ class DocumentReader:
         text_field: key or column of the text in jsonl and parquet.
         split_on: for txt, the separator line between documents ("" for blank lines); None makes
             each file one document.
+        start: where to begin.
+        seen: tells which documents were there before; they are counted, and with `drop_duplicates` left out.
+        began: called with the number of each source when its reading begins.
 
     Attributes:
-        documents: documents given out so far.
-        empty: documents left out so far.
-        text_bytes: UTF-8 bytes of the documents given out.
+        mark: its counts are those of the input so far.
         bytes_read: bytes of the input files consumed, of all the sizes together.
     """
 
-    def __init__(self, sources: Sequence[Source], text_field: str = "text", split_on: str | None = None):
-        self.documents = self.empty = self.text_bytes = self.bytes_read = 0
+    def __init__(self, sources: Sequence[Source], text_field: str = "text", split_on: str | None = None, *,
+                 start: Mark = BEGINNING, seen: SeenTexts | None = None, drop_duplicates: bool = False,
+                 began: Callable[[int], None] = lambda number: None):
         self.sources = list(sources)
+        self.mark = start
+        self._sizes = [source.bytes_of_range() for source in self.sources]
+        self.bytes_read = sum(self._sizes[: start.source])
+        self.total_bytes = sum(self._sizes)
         self._text_field = text_field
         self._split_on = split_on
+        self._began = began
+        self._seen, self._drop = seen, drop_duplicates
+
+    @property
+    def documents(self) -> int:
+        """Documents given out so far."""
+        return self.mark.documents
+
+    @property
+    def empty(self) -> int:
+        """Documents left out so far."""
+        return self.mark.empty
+
+    @property
+    def duplicates(self) -> int:
+        """Documents so far that were there before."""
+        return self.mark.duplicates
+
+    @property
+    def text_bytes(self) -> int:
+        """UTF-8 bytes of the documents given out."""
+        return self.mark.text_bytes
 
     def __iter__(self) -> Iterator[str]:
-        """Yield documents.
+        """Yield the documents' texts; errors as `marked`."""
+        return (document.text for document in self.marked())
+
+    def marked(self) -> Iterator[Document]:
+        """Yield documents with their marks.
 
         Raises:
             DataError: naming the file (and line or row): damaged, not UTF-8, not JSON, text missing.
         """
         readers = {"txt": self._txt, "jsonl": self._jsonl, "parquet": self._parquet}
         readers |= {f"bundled-{part}": self._bundled for part in BUNDLED_PARTS}
-        before = 0
-        for source in self.sources:
-            for where, text, position in readers[source.form](source):
+        first, skip = self.mark.source, self.mark.item
+        before = self.bytes_read
+        for number in range(first, len(self.sources)):
+            source = self.sources[number]
+            self._began(number)
+            for begin, where, text, position in readers[source.form](source, skip if number == first else 0):
                 self.bytes_read = before + position
+                _, _, documents, empty, duplicates, text_bytes = self.mark
                 if not text:
-                    self.empty += 1
+                    self.mark = Mark(number, begin, documents, empty + 1, duplicates, text_bytes)
                     continue
-                self.text_bytes += len(_encoded(text, where))
-                self.documents += 1
-                yield text
-            before += source.path.stat().st_size
+                data = _encoded(text, where)
+                known = self._seen is not None and self._seen.add(data)
+                if known and self._drop:
+                    self.mark = Mark(number, begin, documents, empty, duplicates + 1, text_bytes)
+                    continue
+                self.mark = Mark(number, begin, documents + 1, empty, duplicates + known, text_bytes + len(data))
+                yield Document(Mark(number, begin, documents, empty, duplicates, text_bytes), text)
+            before += self._sizes[number]
             self.bytes_read = before
 
-    def _txt(self, source: Source) -> Iterator[tuple[str, str, int]]:
+    # Each reader below leaves out the first `skip` items of the file and yields (items before the document, where it
+    # is for messages, text, bytes of the file consumed).
+
+    def _txt(self, source: Source, skip: int) -> Iterator[tuple[int, str, str, int]]:
         if self._split_on is None:
-            text = "".join(line for _, line, _ in _lines(source))
-            yield str(source.path), text, source.path.stat().st_size
+            text = "".join(line for _, line, _ in _lines(source, 0))
+            yield 0, str(source.path), text, source.size()
             return
         document: list[str] = []
-        number = position = 0
-        for number, line, position in _lines(source):
+        begin, number, position = skip, skip, 0
+        for number, line, position in _lines(source, skip):
             if line.rstrip("\r\n") != self._split_on:
                 document.append(line)
             elif document:
-                yield f"{source.path} before line {number}", "".join(document), position
-                document = []
+                yield begin, f"{source.path} before line {number}", "".join(document), position
+                document, begin = [], number
         if document:
-            yield f"{source.path} at line {number}", "".join(document), position
+            yield begin, f"{source.path} at line {number}", "".join(document), position
 
-    def _jsonl(self, source: Source) -> Iterator[tuple[str, str, int]]:
-        for number, line, position in _lines(source):
+    def _jsonl(self, source: Source, skip: int) -> Iterator[tuple[int, str, str, int]]:
+        for number, line, position in _lines(source, skip):
             if line.strip():
-                where = f"{source.path} line {number}"
-                yield where, _text_of(_parsed(line, where), self._text_field, where), position
+                where = f"{source.path} line {number}" if source.begin == 0 else \
+                    f"{source.path} line {number} after byte {source.begin}"
+                yield number - 1, where, _text_of(_parsed(line, where), self._text_field, where), position
 
-    def _bundled(self, source: Source) -> Iterator[tuple[str, str, int]]:
-        document, lengths = "", itertools.cycle(_BUNDLED_LENGTHS)
-        length, size = next(lengths), source.path.stat().st_size
-        for speech in _bundled_speeches(source.form.removeprefix("bundled-")):
-            document += speech + "\n\n"
-            if len(document) >= length:
-                yield str(source.path), document, size
-                document, length = "", next(lengths)
-        if document:
-            yield str(source.path), document, size
+    def _bundled(self, source: Source, skip: int) -> Iterator[tuple[int, str, str, int]]:
+        size = source.size()
+        for number, document in enumerate(_bundled_documents(source.form.removeprefix("bundled-"))):
+            if number >= skip:
+                yield number, str(source.path), document, size
 
-    def _parquet(self, source: Source) -> Iterator[tuple[str, str, int]]:
+    def _parquet(self, source: Source, skip: int) -> Iterator[tuple[int, str, str, int]]:
         import pyarrow
         import pyarrow.parquet
 
-        size, row = source.path.stat().st_size, 0
+        size = source.bytes_of_range()
         try:
-            file = pyarrow.parquet.ParquetFile(source.path)
-            names = file.schema_arrow.names
-            if self._text_field not in names:
-                raise DataError(
-                    f"{source.path}: no column {self._text_field!r}, it has {', '.join(names)}; choose by --text-field"
-                )
-            for batch in file.iter_batches(batch_size=1024, columns=[self._text_field]):
-                for value in batch.column(0).to_pylist():
-                    row += 1
+            with pyarrow.parquet.ParquetFile(source.parquet()) as file:
+                names = file.schema_arrow.names
+                if self._text_field not in names:
+                    raise DataError(f"{source.path}: no column {self._text_field!r}, it has {', '.join(names)}; choose "
+                                    "by --text-field")
+                for row, value, rows in _rows(file, source, self._text_field, skip):
                     where = f"{source.path} row {row}"
                     text = _text_of({self._text_field: value}, self._text_field, where)
-                    yield where, text, size * row // file.metadata.num_rows
-        except (pyarrow.ArrowException, OSError) as error:
+                    yield row - 1, where, text, size * row // max(rows, 1)
+        except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:  # text in it need not be UTF-8
             raise DataError(
                 f"{source.path}: cannot be read as parquet ({' '.join(str(error).split())[:200]}); make the file again"
             ) from error
 
 
-def _lines(source: Source) -> Iterator[tuple[int, str, int]]:
-    """(line number from 1, line with its end, bytes of the file consumed) of an unpacked text file."""
+def json_records(source: Source) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(where it is, for messages; record) of every line of a jsonl file that is not blank. Raises DataError."""
+    for number, line, _ in _lines(source, 0):
+        if line.strip():
+            where = f"{source.path} line {number}"
+            yield where, _parsed(line, where)
+
+
+def _rows(file: Any, source: Source, column: str, skip: int) -> Iterator[tuple[int, Any, int]]:
+    """(row from 1 within the range, value, rows of the range); row groups before `skip` are not read."""
+    groups = list(range(file.num_row_groups))[source.begin : source.end]
+    sizes = [file.metadata.row_group(group).num_rows for group in groups]
+    total, row = sum(sizes), 0
+    while groups and row + sizes[0] <= skip:
+        row += sizes.pop(0)
+        groups.pop(0)
+    if not groups:
+        return
+    for batch in file.iter_batches(batch_size=1024, row_groups=groups, columns=[column]):
+        if row + batch.num_rows <= skip:
+            row += batch.num_rows
+            continue
+        for value in batch.column(0).to_pylist():
+            row += 1
+            if row > skip:
+                yield row, value, total
+
+
+def _lines(source: Source, skip: int) -> Iterator[tuple[int, str, int]]:
+    """(line number from 1 within the range, line with its end, bytes consumed of the range) after `skip` lines."""
     number = 0
-    with source.path.open("rb") as raw:
+    with source.open() as raw:
         try:
+            position = _to_line(raw, source.begin)
+            length = None if source.end is None else source.end - source.begin
             # Only "\n" ends a line: a document may hold "\r" or U+2028 in the middle.
-            for line in io.TextIOWrapper(_unpacked(raw, source.packing), encoding="utf-8-sig", newline="\n"):
+            for line in _unpacked(raw, source.packing):
+                if length is not None and position >= length:
+                    return  # it begins behind the range
+                position = raw.tell() if source.packing else position + len(line)
                 number += 1
-                yield number, line, raw.tell()
+                if number > skip:
+                    # a byte order mark is no text
+                    yield number, line.decode("utf-8-sig" if number == 1 and not source.begin else "utf-8"), position
         except UnicodeDecodeError as error:
             raise DataError(
-                f"{source.path} after line {number}: not UTF-8 ({error.reason}); convert the file to UTF-8"
+                f"{source.path} after line {number - 1}: not UTF-8 ({error.reason}); convert the file to UTF-8"
             ) from error
         except (EOFError, gzip.BadGzipFile, zlib.error, lzma.LZMAError, _ZstdError) as error:
             raise DataError(
                 f"{source.path} after line {number}: cannot be unpacked as .{source.packing} ({error});"
                 " the file is damaged or cut short, get it again"
             ) from error
+
+
+def _to_line(raw: BinaryIO, begin: int) -> int:
+    """Go to the first line that begins at byte `begin` or later; returns how far behind `begin` that is."""
+    if not begin:
+        return 0
+    raw.seek(begin - 1)
+    return len(raw.readline()) - 1
 
 
 class _ZstdError(Exception):
@@ -276,18 +298,18 @@ class _ZstdReader(io.RawIOBase):
 
 def _unpacked(raw: BinaryIO, packing: str) -> BinaryIO:
     if packing == "gz":
-        return gzip.GzipFile(fileobj=raw)
+        return io.BufferedReader(gzip.GzipFile(fileobj=raw), _BUFFER)
     if packing == "xz":
-        return lzma.LZMAFile(raw)
+        return io.BufferedReader(lzma.LZMAFile(raw), _BUFFER)
     if packing == "zst":
-        return io.BufferedReader(_ZstdReader(raw), 1 << 20)
+        return io.BufferedReader(_ZstdReader(raw), _BUFFER)
     return raw
 
 
 def _parsed(line: str, where: str) -> dict[str, Any]:
     try:
         record = json.loads(line)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise DataError(f"{where}: not valid JSON ({error}); every line must be one JSON object") from error
     if not isinstance(record, dict):
         raise DataError(f"{where}: a JSON {type(record).__name__}; every line must be one JSON object")
@@ -320,3 +342,16 @@ def _bundled_speeches(part: str) -> list[str]:
     ends = list(itertools.accumulate(speech.count("\n") + 2 for speech in speeches))
     cut = sum(end <= 0.95 * ends[-1] for end in ends)
     return speeches[:cut] if part == "train" else speeches[cut:]
+
+
+def _bundled_documents(part: str) -> Iterator[str]:
+    """Whole speeches together, each document as long as it must be for the next of _BUNDLED_LENGTHS."""
+    document, lengths = "", itertools.cycle(_BUNDLED_LENGTHS)
+    length = next(lengths)
+    for speech in _bundled_speeches(part):
+        document += speech + "\n\n"
+        if len(document) >= length:
+            yield document
+            document, length = "", next(lengths)
+    if document:
+        yield document

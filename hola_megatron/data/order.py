@@ -1,4 +1,4 @@
-"""Which sample comes when: pure functions of (seed, global sample index).
+"""The order of samples: pure functions of (seed, global sample index).
 
 The global sample index g counts the samples of a run from 0. Nothing here knows of ranks, batches
 or restarts, so neither can any of them change the order.
@@ -11,6 +11,7 @@ values numpy guarantees for ever; its shuffling methods may change between versi
 from __future__ import annotations
 
 from collections.abc import Sequence
+from fractions import Fraction
 from functools import lru_cache
 
 import numpy as np
@@ -25,7 +26,7 @@ _SHARDS, _WINDOW, _CYCLE = 1, 2, 3
 
 def _permutation(length: int, *, seed: int, purpose: int, major: int, minor: int = 0, stream: int = 0) -> np.ndarray:
     """A permutation of 0..length - 1, int64 [length]."""
-    # Word 0 of the counter is the running one, so the addresses below never overlap.
+    # The generator increments word 0 of the counter, so the addresses below never overlap.
     counter = np.array([0, major, minor, stream], np.uint64)
     bits = np.random.Philox(key=np.array([seed, purpose], np.uint64), counter=counter).random_raw(length)
     return np.argsort(bits, kind="stable")
@@ -58,8 +59,8 @@ class SampleOrder:
         epoch, position = divmod(g, self.samples)
         _, ends = self._epoch(epoch)
         window = int(np.searchsorted(ends, position, side="right"))
-        begin = int(ends[window - 1]) if window else 0
-        return int(self._window(epoch, window)[position - begin])
+        start = int(ends[window - 1]) if window else 0
+        return int(self._window(epoch, window)[position - start])
 
     def _shuffle_shards(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
         """(shard order of the epoch, position at which each window ends)."""
@@ -82,7 +83,7 @@ class SampleOrder:
 class StreamOrder:
     """Which of several streams each global sample is taken from.
 
-    Time is cut into cycles of CYCLE samples. Every cycle holds the same number of samples of each
+    Samples are divided into cycles of CYCLE samples. Every cycle has the same number of samples of each
     stream (its weight, rounded by largest remainder) in an order of its own, so the proportions hold
     exactly after each cycle and nearly in between.
 
@@ -116,12 +117,69 @@ class StreamOrder:
 
     def _shuffle_cycle(self, cycle: int) -> tuple[np.ndarray, np.ndarray]:
         """(stream, rank within the stream) of each sample of a cycle."""
-        streams = np.repeat(np.arange(len(self.counts)), self.counts)
-        streams = streams[_permutation(CYCLE, seed=self._seed, purpose=_CYCLE, major=cycle)]
-        ranks = np.empty(CYCLE, np.int64)
-        for stream, count in enumerate(self.counts):
-            ranks[streams == stream] = np.arange(count)
-        return streams, ranks
+        return _shuffled(self.counts, self._seed, cycle)
+
+
+class BudgetOrder:
+    """Which of several streams each sample of a phase is taken from, where each stream gives a number of samples.
+
+    As far as the numbers allow, every stretch of the phase has the streams in these proportions: sample k of a stream
+    with c samples falls due at (2 k + 1) / (2 c) of the phase, and samples come in the order of these times (equal ones
+    by stream), shuffled within cycles of CYCLE samples.
+
+    Args:
+        counts: samples of each stream (> 0).
+        seed: 0 .. 2**64 - 1.
+    """
+
+    def __init__(self, counts: Sequence[int], seed: int):
+        self.counts, self.total = [int(count) for count in counts], sum(counts)
+        self._seed = seed
+        self._cycle = lru_cache(2)(self._shuffle_cycle)
+
+    def locate(self, g: int) -> tuple[int, int]:
+        """(stream, how many samples of that stream come before sample g), 0 <= g < total."""
+        cycle, position = divmod(g, CYCLE)
+        streams, numbers = self._cycle(cycle)
+        return int(streams[position]), int(numbers[position])
+
+    def taken(self, samples: int) -> list[int]:
+        """Samples of each stream among the first `samples` (<= total)."""
+        cycle, position = divmod(samples, CYCLE)
+        before = self._due(cycle * CYCLE)
+        if not position:
+            return before
+        part = np.bincount(self._cycle(cycle)[0][:position], minlength=len(self.counts))
+        return [done + int(n) for done, n in zip(before, part, strict=True)]
+
+    def _due(self, samples: int) -> list[int]:
+        """Samples of each stream among the first `samples` by their times, before shuffling."""
+        samples = min(samples, self.total)
+        taken = [(2 * samples * count + self.total) // (2 * self.total) for count in self.counts]
+        while (excess := sum(taken) - samples) != 0:
+            step = 1 if excess < 0 else -1
+            times = [(Fraction(2 * n + step, 2 * count), stream)
+                     for stream, (n, count) in enumerate(zip(taken, self.counts, strict=True))
+                     if 0 <= n + step <= count]
+            taken[(min(times) if step > 0 else max(times))[1]] += step
+        return taken
+
+    def _shuffle_cycle(self, cycle: int) -> tuple[np.ndarray, np.ndarray]:
+        """(stream, number within the stream) of each sample of a cycle; the last one may be shorter."""
+        first, last = self._due(cycle * CYCLE), self._due((cycle + 1) * CYCLE)
+        counts = [after - before for before, after in zip(first, last, strict=True)]
+        streams, ranks = _shuffled(counts, self._seed, cycle)
+        return streams, ranks + np.array(first, np.int64)[streams]
+
+
+def _shuffled(counts: Sequence[int], seed: int, cycle: int) -> tuple[np.ndarray, np.ndarray]:
+    """(stream, rank within the stream) of each sample of a cycle with `counts` samples of each stream."""
+    streams = np.repeat(np.arange(len(counts)), counts)
+    streams = streams[_permutation(len(streams), seed=seed, purpose=_CYCLE, major=cycle)]
+    ranks = np.empty(len(streams), np.int64)
+    for stream, count in enumerate(counts):
+        ranks[streams == stream] = np.arange(count)
+    return streams, ranks
 
 
 def _shares(weights: Sequence[float], names: Sequence[str]) -> np.ndarray:

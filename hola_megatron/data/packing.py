@@ -58,9 +58,30 @@ def to_record(sample: Sample) -> dict[str, Any]:
 
 
 def from_record(record: dict[str, Any]) -> Sample:
-    """The sample of an MDS record, tokens widened to int64."""
-    starts = np.frombuffer(record["starts"], _STARTS_DTYPE).astype(np.int32)
+    """The sample of an MDS record, tokens converted to int64. Not checked, see `sample_problem`."""
+    raw = record["starts"]
+    # bytes that are no whole number of starts give a start that no sample can have
+    starts = np.frombuffer(raw, _STARTS_DTYPE).astype(np.int32) if len(raw) % 4 == 0 else np.array([-1], np.int32)
     return Sample(record["tokens"].astype(np.int64), starts, int(record["length"]))
+
+
+def sample_problem(sample: Sample, *, sequence_length: int, vocab_size: int) -> str | None:
+    """What makes a stored sample unusable, to be put after its name, or None. Costs a few microseconds.
+
+    A token id at or above the vocabulary indexes outside the embedding, or, where tensor ranks cut the embedding, is
+    taken for a row of another rank and trained on; document starts out of order reset the state at wrong positions.
+    """
+    T, starts = sequence_length, sample.starts
+    if sample.tokens.shape != (T + 1,):
+        return f"holds {sample.tokens.size} tokens, sequence length {T} needs {T + 1}"
+    if int(sample.tokens.max()) >= vocab_size or int(sample.tokens.min()) < 0:
+        bad = int(sample.tokens.max() if sample.tokens.max() >= vocab_size else sample.tokens.min())
+        return f"holds token id {bad}, the tokenizer's vocabulary is 0 to {vocab_size - 1}"
+    if not 2 <= sample.length <= T + 1:
+        return f"has length {sample.length}, allowed are 2 to {T + 1}"
+    if starts.size and (int(starts[0]) < 0 or int(starts[-1]) >= sample.length or (starts[1:] <= starts[:-1]).any()):
+        return f"has document starts that do not ascend within 0 to {sample.length - 1}"
+    return None
 
 
 class Packer:
@@ -92,6 +113,15 @@ class Packer:
         samples = [self._cut(buffer[k * T : k * T + T + 1], T + 1) for k in range(full)]
         self._buffer = buffer[full * T :]
         return samples
+
+    def state(self) -> dict[str, Any] | None:
+        """What the packer holds between two documents, for `restore`; its values are not changed later."""
+        return {"tokens": self.tokens, "buffer": self._buffer, "starts": list(self._starts)}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Go on from a `state`."""
+        self.tokens, self._starts = state["tokens"], list(state["starts"])
+        self._buffer = np.asarray(state["buffer"], self._buffer.dtype)
 
     def finish(self) -> Sample | None:
         """The tail padded with eos, or None where every token has been predicted already."""

@@ -1,92 +1,38 @@
-"""MDS shards on disk: writing them, and reading them with every byte accounted for.
+"""Datasets of MDS shards, read with every byte accounted for.
 
-The shard format is mosaicml-streaming's, and so are the writer, the sample decoder and the
-downloaders used here. Its iterating dataset is not used: it ends an epoch silently when a shard is
-damaged, checks hashes only on download, and leaves shared memory behind. `ShardStore` is a plain
-random-access store instead: a shard is verified (size, xxh64, sample count) the first time a
-process opens it, downloads are atomic and made once a machine, and anything wrong is a `DataError`
-that names folder and file.
+The shard format is mosaicml-streaming's, and so are the writer, the sample decoder and the downloaders used here
+(mds.py). Its iterating dataset is not used: it ends an epoch silently when a shard is damaged, checks hashes only on
+download, and leaves shared memory behind. `ShardStore` is a plain random-access store instead: a shard is verified
+(size, xxh64, sample count) the first time a process opens it, and what is decoded later must still be what was
+verified (shard_file.py); downloads are atomic and made once a machine (remote.py); anything wrong is a `DataError` that
+names folder and file.
 """
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
-import json
-import os
-import random
-import sys
-import time
-import types
-import uuid
 from bisect import bisect_right
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import xxhash
-from filelock import FileLock, Timeout
 
-from hola_megatron.data.packing import mds_columns
-from hola_megatron.errors import DataError, RecipeError
+from hola_megatron.data.mds import HASH
+from hola_megatron.data.packing import from_record, mds_columns, sample_problem
+from hola_megatron.data.remote import Remote
+from hola_megatron.data.shard_file import ShardFile, ShardProblem
+from hola_megatron.errors import DataError
+from hola_megatron.files import DamagedFile, FileProblem, parse_json, read_bytes, schemas, shown
 
 INDEX_FILE = "index.json"
 DATASET_FILE = "dataset.json"
 FORMAT = "hola-megatron-packed"
 FORMAT_VERSION = 1
-HASH = "xxh64"
-
-DOWNLOAD_ATTEMPTS = 5
-DOWNLOAD_TIMEOUT_S = 300.0
-FIRST_DELAY_S = 1.0
-LOCK_TIMEOUT_S = 3600.0
-
-_UNUSED_PARTS = ("multimodal", "text", "vision")
-_DATASET_KEYS = ("tokenizer", "sequence_length", "documents", "text_bytes", "tokens", "samples")
-
-
-def _import_streaming() -> None:
-    """Import `streaming` without its vision and text datasets.
-
-    Those need torchvision (broken or absent beside many torch builds) and scikit-learn, which costs
-    seconds at every start. They stay importable afterwards.
-    """
-    if "streaming" in sys.modules:
-        return
-    names = [f"streaming.{part}" for part in _UNUSED_PARTS]
-    sys.modules.update({name: types.ModuleType(name) for name in names})
-    try:
-        import streaming
-    except ImportError as error:
-        raise DataError(f"MDS shards need mosaicml-streaming ({error}): pip install mosaicml-streaming") from error
-    finally:
-        for name in names:
-            del sys.modules[name]
-    for part in _UNUSED_PARTS:
-        with contextlib.suppress(AttributeError):
-            delattr(streaming, part)
-
-
-@contextlib.contextmanager
-def mds_writer(folder: Path, columns: dict[str, str], shard_size: int) -> Iterator[Any]:
-    """An MDSWriter into the empty `folder`, with xxh64 of every shard in the index.
-
-    Raises:
-        RecipeError: `shard_size` cannot hold one sample, whatever its document starts.
-    """
-    _import_streaming()
-    from streaming.base.format.mds.writer import MDSWriter
-
-    with MDSWriter(columns=columns, out=str(folder), hashes=[HASH], size_limit=shard_size) as writer:
-        fixed = sum(size or 4 for size in writer.column_sizes)
-        tokens = int(columns["tokens"].rpartition(":")[2])
-        least = writer.extra_bytes_per_shard + writer.extra_bytes_per_sample + fixed + 4 * tokens
-        if shard_size < least:
-            raise RecipeError(f"--shard-size {shard_size}: one sample needs up to {least} bytes; give that or more")
-        yield writer
+JOINED_VERSION = 2  # shards lie in folders of parts, and index.json names them there
+INDEX_HASH = "index_sha256"  # in dataset.json: which index.json it belongs to; older datasets have none
+READ_ATTEMPTS = 3  # of the two files of a URL that is being written to
 
 
 class ShardStore:
@@ -110,23 +56,42 @@ class ShardStore:
 
     def __init__(self, path: str, cache: str | None = None):
         self.path = path
-        self._remote = _Remote(path, cache) if "://" in path else None
+        self._remote = Remote(path, cache) if "://" in path else None
         self.folder = self._remote.folder if self._remote else Path(path)
         if self._remote is None:
             self._require_local()
-        dataset, index = self._read(DATASET_FILE), self._read(INDEX_FILE)
+        dataset, index = self._read_pair()
         self.info = self._parse_dataset(dataset)
+        #: what `sample_problem` measures a sample by
+        self.limits = {"sequence_length": self.info["sequence_length"],
+                       "vocab_size": self.info["tokenizer"]["vocab_size"]}
         self._shards = self._parse_index(index)
         self.shard_sizes = [shard["samples"] for shard in self._shards]
         self.shard_bytes = sum(shard["raw_data"]["bytes"] for shard in self._shards)
         self._ends = list(accumulate(self.shard_sizes))
-        self.fingerprint = hashlib.sha256(dataset + b"\0" + index).hexdigest()
-        self._readers: dict[int, Any] = {}
+        self.fingerprint = _fingerprint(dataset, index)
+        self._files: dict[int, ShardFile] = {}
         if self._ends[-1] != self.info["samples"]:
             raise DataError(
                 f"{path}: {INDEX_FILE} lists {self._ends[-1]} samples, {DATASET_FILE} says {self.info['samples']};"
                 " the two are not of one preparation, prepare the dataset again"
             )
+        if not _belong_together(dataset, index):
+            raise DataError(f"{path}: {INDEX_FILE} is not the one that {DATASET_FILE} was written with: the two are of"
+                            " different preparations, or one is damaged; copy both again or prepare the dataset again")
+        if self._remote:
+            self._remote.use(self.fingerprint, {DATASET_FILE: dataset, INDEX_FILE: index})
+            self.folder = self._remote.folder
+
+    @property
+    def entries(self) -> list[dict[str, Any]]:
+        """The shards' entries of index.json."""
+        return self._shards
+
+    @property
+    def superseded(self) -> list[Path]:
+        """Cache folders of earlier preparations of this URL; empty for a local folder."""
+        return self._remote.superseded() if self._remote else []
 
     def __len__(self) -> int:
         return self._ends[-1]
@@ -141,47 +106,65 @@ class ShardStore:
         if not 0 <= index < len(self):
             raise IndexError(f"{self.path}: sample {index} of {len(self)}")
         shard = bisect_right(self._ends, index)
-        reader = self.open(shard)
         try:
-            return reader.get_item(index - self._ends[shard] + self.shard_sizes[shard])
-        except (OSError, IndexError, ValueError) as error:
-            raise self._damaged(shard, f"cannot be read any more ({error})") from error
+            return self.open(shard).record(index - self._ends[shard] + self.shard_sizes[shard])
+        except ShardProblem as problem:
+            raise self._damaged(shard, str(problem)) from problem
 
-    def open(self, shard: int) -> Any:
-        """The library's reader of a shard that this process has verified.
+    def open(self, shard: int) -> ShardFile:
+        """A shard that this process has verified, downloaded if need be.
 
         Raises:
             DataError: missing or damaged.
         """
-        if shard not in self._readers:
-            problem = self.check(shard)
-            if problem:
-                raise self._damaged(shard, problem)
-            self._readers[shard] = self._reader(shard)
-        return self._readers[shard]
-
-    def check(self, shard: int) -> str | None:
-        """What is wrong with a shard ("is missing", "has 10 bytes, ..."), or None. Downloads it if need be."""
-        entry = self._shards[shard]
-        if self._remote:
-            self._remote.fetch(entry["raw_data"]["basename"], lambda path: _problem(path, entry))
-        return _problem(self.folder / entry["raw_data"]["basename"], entry)
+        if shard not in self._files:
+            entry = self._shards[shard]
+            name = entry["raw_data"]["basename"]
+            if self._remote:
+                self._remote.fetch(name, lambda path: _problem(path, entry), self._prepared_again)
+            try:
+                self._files[shard] = ShardFile(self.folder / name, entry)
+            except ShardProblem as problem:
+                raise self._damaged(shard, str(problem)) from problem
+        return self._files[shard]
 
     def verify(self) -> list[str]:
-        """Check every shard; the problems found, each with folder, file and what to do."""
-        problems = ((shard, self.check(shard)) for shard in range(len(self._shards)))
-        return [str(self._damaged(shard, problem)) for shard, problem in problems if problem]
+        """Check every shard and every sample; the problems found, each with folder, file and what to do."""
+        problems = []
+        for shard, size in enumerate(self.shard_sizes):
+            try:
+                file = self.open(shard)
+                for number in range(size):
+                    problem = sample_problem(from_record(file.record(number)), **self.limits)
+                    if problem:
+                        raise ShardProblem(f"holds a bad sample, number {number} of the file: it {problem}")
+            except ShardProblem as problem:
+                problems.append(str(self._damaged(shard, str(problem))))
+            except DataError as error:
+                problems.append(str(error))
+        return problems
+
+    def bad_sample(self, index: int, problem: str) -> DataError:
+        """The error of sample `index`, whose shard is as the index says and whose content cannot be used."""
+        shard = bisect_right(self._ends, index)
+        file, number = self._shards[shard]["raw_data"]["basename"], index - self._ends[shard] + self.shard_sizes[shard]
+        return DataError(f"{self.folder}: sample {number} of shard {file} {problem}; the dataset was written wrongly,"
+                         " prepare it again with tools/prepare_data.py")
+
+    def _prepared_again(self) -> str | None:
+        """What is at the URL now, if that is another preparation than the one whose index was read."""
+        dataset, index = self._remote.peek(DATASET_FILE), self._remote.peek(INDEX_FILE)
+        if dataset is None or index is None:  # not known: report the download's own error
+            return None
+        now = _fingerprint(dataset, index)
+        if now == self.fingerprint:
+            return None
+        return f"the dataset was prepared again (fingerprint {self.fingerprint[:12]}, now {now[:12]})"
 
     def _damaged(self, shard: int, problem: str) -> DataError:
         file = self._shards[shard]["raw_data"]["basename"]
         cure = "delete it to have it downloaded again" if self._remote else "copy it again or prepare the dataset again"
         return DataError(f"{self.folder}: shard {file} {problem}; {cure}")
-
-    def _reader(self, shard: int) -> Any:
-        _import_streaming()
-        from streaming.base.format import reader_from_json
-
-        return reader_from_json(str(self.folder), None, self._shards[shard])
 
     def _require_local(self) -> None:
         if not self.folder.is_dir():
@@ -191,43 +174,49 @@ class ShardStore:
         for name in (INDEX_FILE, DATASET_FILE):
             if not (self.folder / name).is_file():
                 inner = sorted(p.parent.name for p in self.folder.glob(f"*/{DATASET_FILE}"))
-                hint = (
-                    f"give one of its datasets: {', '.join(inner)}" if inner else "make it with tools/prepare_data.py"
-                )
+                if any(self.folder.glob("part-?????-of-?????")):
+                    hint = f"its parts are not joined yet: tools/prepare_data.py --merge {self.path}"
+                else:
+                    hint = (f"give one of its datasets: {', '.join(inner)}" if inner
+                            else "make it with tools/prepare_data.py")
                 raise DataError(f"{self.path}: no {name}, so this is not a prepared dataset; {hint}")
 
-    def _read(self, name: str) -> bytes:
-        if self._remote:
-            self._remote.fetch(name, _json_problem)
-        return (self.folder / name).read_bytes()
+    def _read_pair(self) -> tuple[bytes, bytes]:
+        """dataset.json and index.json; of a URL that is just being written to, the two of one preparation."""
+        if self._remote is None:
+            return self._read_local(DATASET_FILE), self._read_local(INDEX_FILE)
+        for _ in range(READ_ATTEMPTS):
+            dataset, index = (self._remote.read(name, _json_problem) for name in (DATASET_FILE, INDEX_FILE))
+            if _belong_together(dataset, index):
+                break
+        return dataset, index
+
+    def _read_local(self, name: str) -> bytes:
+        try:
+            return read_bytes(self.folder / name)
+        except FileProblem as problem:
+            raise DataError(f"{self.path}: {name}: {problem}; mend the folder, or copy it again") from None
 
     def _parse_dataset(self, data: bytes) -> dict[str, Any]:
-        info = _json_object(data, f"{self.path}: {DATASET_FILE}")
-        if info.get("format") != FORMAT or info.get("format_version") != FORMAT_VERSION:
+        where = f"{self.path}: {DATASET_FILE}"
+        info = _parsed(data, where)
+        if info.get("format") != FORMAT or info.get("format_version") not in (FORMAT_VERSION, JOINED_VERSION):
             raise DataError(
-                f"{self.path}: {DATASET_FILE} is format {info.get('format')} {info.get('format_version')},"
-                f" this version reads {FORMAT} {FORMAT_VERSION}; prepare the dataset again"
+                f"{where} is format {shown(info.get('format'))} {shown(info.get('format_version'))},"
+                f" this version reads {FORMAT} {FORMAT_VERSION} and {JOINED_VERSION}; prepare the dataset again"
             )
-        missing = [key for key in _DATASET_KEYS if key not in info]
-        if missing:
-            raise DataError(f"{self.path}: {DATASET_FILE} lacks {', '.join(missing)}; prepare the dataset again")
-        return info
+        return _parsed(data, where, schemas.DATASET)
 
     def _parse_index(self, data: bytes) -> list[dict[str, Any]]:
         where = f"{self.path}: {INDEX_FILE}"
-        shards = _json_object(data, where).get("shards")
+        shards = _parsed(data, where, schemas.INDEX)["shards"]
         if not shards:
             raise DataError(f"{where} lists no shards; prepare the dataset again")
         columns = [mds_columns(self.info["sequence_length"], np.dtype(dtype)) for dtype in (np.uint16, np.uint32)]
         for number, shard in enumerate(shards):
-            try:
-                usable = shard["format"] == "mds" and not shard["zip_data"] and shard["samples"] > 0
-                usable = usable and dict(zip(shard["column_names"], shard["column_encodings"], strict=True)) in columns
-                name, _ = shard["raw_data"]["basename"], shard["raw_data"]["hashes"][HASH]
-                usable = usable and name == os.path.basename(name)
-            except (KeyError, TypeError, ValueError):
-                usable = False
-            if not usable:
+            names, encodings = shard["column_names"], shard["column_encodings"]
+            if len(names) != len(encodings) or dict(zip(names, encodings, strict=True)) not in columns \
+                    or HASH not in shard["raw_data"]["hashes"]:
                 raise DataError(
                     f"{where}: shard {number} is not an uncompressed MDS shard of {list(columns[0])} for sequence"
                     f" length {self.info['sequence_length']}"
@@ -238,7 +227,10 @@ class ShardStore:
 
 @dataclass(frozen=True)
 class VerifyReport:
-    """A dataset all of whose shards are as the index says: `shards` files of together `bytes`."""
+    """A dataset all of whose shards are as the index says: `shards` files of together `bytes`.
+
+    superseded: cache folders of earlier preparations of the same URL.
+    """
 
     path: str
     fingerprint: str
@@ -246,19 +238,19 @@ class VerifyReport:
     samples: int
     tokens: int
     bytes: int
+    superseded: tuple[Path, ...] = ()
 
     def __str__(self) -> str:
-        return (
-            f"{self.path}: {self.shards:,} shards, {self.samples:,} samples, {self.tokens:,} tokens,"
-            f" {self.bytes:,} bytes verified\nfingerprint {self.fingerprint}"
-        )
+        lines = [f"{self.path}: {self.shards:,} shards, {self.samples:,} samples, {self.tokens:,} tokens,"
+                 f" {self.bytes:,} bytes verified", f"fingerprint {self.fingerprint}"]
+        return "\n".join([*lines, *map(superseded_line, self.superseded)])
 
 
 def verify_dataset(path: str, *, cache: str | None = None) -> VerifyReport:
-    """Check size, hash and sample count of every shard (a remote dataset is downloaded whole).
+    """Check size, hash and sample count of every shard, and every sample (a remote dataset is downloaded whole).
 
     Raises:
-        DataError: as `ShardStore`; or one line for each missing or damaged shard.
+        DataError: as `ShardStore`; or one line for each shard that is missing, damaged or holds a bad sample.
     """
     store = ShardStore(path, cache)
     problems = store.verify()
@@ -271,136 +263,51 @@ def verify_dataset(path: str, *, cache: str | None = None) -> VerifyReport:
         samples=len(store),
         tokens=store.info["tokens"],
         bytes=store.shard_bytes,
+        superseded=tuple(store.superseded),
     )
 
 
-class _Remote:
-    """Downloads the files of one remote dataset into its own folder under the cache, each file once a machine."""
+def superseded_line(folder: Path) -> str:
+    """The message about the cache of an earlier preparation."""
+    return f"{folder} is the cache of an earlier preparation and is not read; delete it if no other run uses it"
 
-    def __init__(self, url: str, cache: str | None):
-        if cache is None:
-            raise DataError(f"{url}: a remote dataset needs a local cache folder; give one")
-        # streaming knows a local "remote" as a path without scheme.
-        local = url.startswith("file://")
-        self.url = os.path.abspath(url.removeprefix("file://")) if local else url.rstrip("/")
-        tag = hashlib.sha256(self.url.encode()).hexdigest()[:12]
-        # Two datasets both hold a shard.00000.mds, so each URL has a folder of its own.
-        self.folder = Path(cache) / f"{self.url.rpartition('/')[2]}-{tag}"
-        self._downloader: Any = None
 
-    def fetch(self, name: str, problem_of: Callable[[Path], str | None]) -> None:
-        """Have `name` in the folder; a file that is there is left as it is.
+def _fingerprint(dataset: bytes, index: bytes) -> str:
+    return hashlib.sha256(dataset + b"\0" + index).hexdigest()
 
-        Args:
-            problem_of: says what is wrong with a downloaded file, or None; it is tried again then.
 
-        Raises:
-            DataError: not there, or still failing after DOWNLOAD_ATTEMPTS.
-        """
-        target = self.folder / name
-        if target.is_file():
-            return
-        try:
-            locks = self.folder / ".locks"
-            locks.mkdir(parents=True, exist_ok=True)
-            with FileLock(locks / name, timeout=LOCK_TIMEOUT_S):
-                if not target.is_file():
-                    self._download(name, target, problem_of)
-        except Timeout as error:
-            raise DataError(
-                f"{self.url}/{name}: another process has held its download lock for {LOCK_TIMEOUT_S:.0f} s;"
-                f" stop that process or delete {locks}"
-            ) from error
-        except OSError as error:
-            raise DataError(f"{self.folder}: the cache cannot be written ({error}); give another cache") from error
-
-    def _download(self, name: str, target: Path, problem_of: Callable[[Path], str | None]) -> None:
-        failure = ""
-        for left in target.parent.glob(f".{name}.*.part*"):  # of a process that was killed: the lock is ours
-            left.unlink(missing_ok=True)
-        for attempt in range(DOWNLOAD_ATTEMPTS):
-            if attempt:
-                time.sleep(FIRST_DELAY_S * 2 ** (attempt - 1) * random.uniform(1, 1.5))
-            partial = target.with_name(f".{name}.{uuid.uuid4().hex}.part")
-            try:
-                self._get(name, partial)
-                failure = problem_of(partial) or ""
-                if not failure:
-                    os.replace(partial, target)
-                    return
-            except DataError:
-                raise
-            except Exception as error:
-                failure = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
-            finally:
-                for leftover in (partial, partial.with_name(partial.name + ".tmp")):
-                    leftover.unlink(missing_ok=True)
-        raise DataError(
-            f"{self.url}/{name}: download failed {DOWNLOAD_ATTEMPTS} times, last: {failure}; check the path, the"
-            f" credentials and the network, and empty {self.folder} if the dataset was prepared again"
-        )
-
-    def _get(self, name: str, partial: Path) -> None:
-        try:
-            if self._downloader is None:
-                self._downloader = self._make_downloader()
-            self._downloader.download(f"{self.url}/{name}", str(partial), DOWNLOAD_TIMEOUT_S)
-        except FileNotFoundError as error:
-            raise DataError(f"{self.url}/{name}: no such file; check the path, or prepare the dataset again") from error
-        except ImportError as error:
-            scheme = self.url.partition("://")[0]
-            raise DataError(f"{self.url}: {scheme}:// needs the package {error.name}: pip install it") from error
-
-    def _make_downloader(self) -> Any:
-        _import_streaming()
-        from streaming.base.storage.download import CloudDownloader
-
-        try:
-            return CloudDownloader.get(self.url)
-        except ValueError as error:
-            raise DataError(
-                f"{self.url}: unknown kind of path; allowed are a folder, file://, s3://, gs:// and the others of"
-                " mosaicml-streaming"
-            ) from error
+def _belong_together(dataset: bytes, index: bytes) -> bool:
+    """Whether the two files are of one preparation; True where that is not known."""
+    try:
+        expected = parse_json(dataset, schemas.DATASET).get(INDEX_HASH)
+    except FileProblem:  # reported where the file is parsed
+        return True
+    return expected is None or expected == hashlib.sha256(index).hexdigest()
 
 
 def _problem(path: Path, entry: dict[str, Any]) -> str | None:
     """What is wrong with the shard file at `path`, measured by its index entry, or None."""
-    expected = entry["raw_data"]
     try:
-        size = path.stat().st_size
-        if size != expected["bytes"]:
-            return f"has {size} bytes, the index says {expected['bytes']}"
-        digest = xxhash.xxh64()
-        with path.open("rb") as file:
-            samples = int.from_bytes(file.read(4), "little")
-            file.seek(0)
-            while block := file.read(1 << 20):
-                digest.update(block)
-    except FileNotFoundError:
-        return "is missing"
-    except OSError as error:
-        return f"cannot be read ({error})"
-    if digest.hexdigest() != expected["hashes"][HASH]:
-        return f"has {HASH} {digest.hexdigest()}, the index says {expected['hashes'][HASH]}"
-    if samples != entry["samples"]:
-        return f"holds {samples} samples, the index says {entry['samples']}"
+        ShardFile(path, entry)
+    except ShardProblem as problem:
+        return str(problem)
     return None
 
 
 def _json_problem(path: Path) -> str | None:
     try:
-        _json_object(path.read_bytes(), path.name)
-    except DataError as error:
-        return str(error)
+        parse_json(path.read_bytes())
+    except FileProblem as problem:
+        return f"it is {problem}"
     return None
 
 
-def _json_object(data: bytes, where: str) -> dict[str, Any]:
+def _parsed(data: bytes, where: str, schema: Any = None) -> dict[str, Any]:
+    """The JSON object in `data`, as its schema wants it."""
     try:
-        value = json.loads(data)
-    except ValueError as error:
-        raise DataError(f"{where} is not valid JSON ({error}); copy it again or prepare the dataset again") from error
-    if not isinstance(value, dict):
-        raise DataError(f"{where} is not a JSON object; copy it again or prepare the dataset again")
+        value = parse_json(data, schema)
+        if not isinstance(value, dict):
+            raise DamagedFile("damaged (not a JSON object)")
+    except FileProblem as problem:
+        raise DataError(f"{where} is {problem}; copy it again or prepare the dataset again") from None
     return value

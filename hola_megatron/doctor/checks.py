@@ -1,4 +1,4 @@
-"""Small runs that show whether the pieces work here: kernels, collectives, disk."""
+"""Small runs that check whether the components work here: kernels, collectives, disk."""
 
 from __future__ import annotations
 
@@ -48,8 +48,8 @@ def _kernel_check(backend: str, dtype: torch.dtype, device: torch.device) -> Che
         return Check(name, False, f"{type(error).__name__}: {str(error).splitlines()[0][:120]}")
     limits = LIMITS[dtype]
     passed = all(error <= limit for errors in worst.values() for error, limit in zip(errors, limits, strict=True))
-    said = ", ".join(f"{operation} {errors[0]:.0e} / {errors[1]:.0e}" for operation, errors in worst.items())
-    return Check(name, passed, f"error of outputs / gradients: {said} (limits {limits[0]:g} / {limits[1]:g}), "
+    shown = ", ".join(f"{operation} {errors[0]:.0e} / {errors[1]:.0e}" for operation, errors in worst.items())
+    return Check(name, passed, f"error of outputs / gradients: {shown} (limits {limits[0]:g} / {limits[1]:g}), "
                                f"{time.perf_counter() - began:.1f} s")
 
 
@@ -155,7 +155,7 @@ def _wait(x: Tensor) -> None:
 
 
 def disk_check(folder: Path) -> Check:
-    """Free room where run folders go, and how fast a file is written and synced there."""
+    """Free disk space for run folders, and the speed of writing and syncing a file there."""
     at = next(path for path in (folder, *folder.absolute().parents) if path.is_dir())
     free = shutil.disk_usage(at).free / 1e9
     try:

@@ -95,7 +95,7 @@ def _apex_optimizers() -> bool | None:
 
 
 def _load_errors(packages: dict[str, str]) -> dict[str, str]:
-    """Why an installed Transformer Engine cannot be imported: Megatron says nothing and does without it, or fails."""
+    """Why an installed Transformer Engine cannot be imported: Megatron silently runs without it, or fails."""
     if "transformer-engine" not in packages:
         return {}
     try:
@@ -106,6 +106,6 @@ def _load_errors(packages: dict[str, str]) -> dict[str, str]:
 
 
 def problem_of(error: Exception) -> str:
-    """One line: its type and the first line it says."""
-    said = str(error).strip().splitlines() or [""]
-    return f"{type(error).__name__}: {said[0][:200]}"
+    """One line: the error's type and the first line of its message."""
+    lines = str(error).strip().splitlines() or [""]
+    return f"{type(error).__name__}: {lines[0][:200]}"

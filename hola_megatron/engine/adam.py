@@ -1,10 +1,9 @@
-"""AdamW whose step count lives in the parameter group, for Megatron's optimizers.
+"""AdamW with one step count per parameter group, for Megatron's optimizers.
 
-Megatron's distributed optimizer is written for the fused Adam of Transformer Engine or
-apex, which count steps per group. Given torch's AdamW instead, it reloads all parameters
-with one shared step tensor that then advances once a parameter: bias correction is silently
-wrong after a resume. This one counts as Megatron expects, so wherever Transformer Engine is
-missing it is put in torch's place.
+Megatron's distributed optimizer is written for the fused Adam of Transformer Engine or apex, which count steps per
+group. With torch's AdamW it loads all parameters with one shared step tensor, which then advances once per parameter:
+bias correction is wrong after a resume. This class counts as Megatron expects and replaces torch's AdamW where
+Transformer Engine is not installed.
 """
 
 from __future__ import annotations
@@ -51,7 +50,7 @@ class GroupStepAdam(torch.optim.Optimizer):
 
 
 def use_group_step_adam() -> str:
-    """Put GroupStepAdam where Megatron would take torch's AdamW; returns which Adam runs."""
+    """Replace torch's AdamW in Megatron by GroupStepAdam; returns the name of the Adam in use."""
     import megatron.core.optimizer as optimizers
     from megatron.core.optimizer import distrib_optimizer
 

@@ -1,14 +1,13 @@
-"""The DeepSpeed engine: the same modules, micro-batches and loss, with DeepSpeed's ZeRO 1 or 2 in place of Megatron's
-data parallelism and optimizers.
+"""The DeepSpeed engine: the same modules, micro-batches and loss, with DeepSpeed's ZeRO stage 1 or 2.
 
-ZeRO lays the parameters of each optimizer group one after the other into a flat buffer, and each data rank owns one
-equal part of it: the float32 weights, both moments, and with stage 2 the summed gradients. DeepSpeed reduces and
-updates; what it does not know is done here, on the part of each rank: the sum of norm gradients over tensor ranks under
-sequence parallelism, the division by the tokens of all ranks, the norm and clipping, and the judgement of an update.
-Tensor and context parallel groups are Megatron's.
+ZeRO concatenates the parameters of each optimizer group into a flat buffer, and each data rank owns one equal partition
+of it: the float32 weights, both moments, and with stage 2 the summed gradients. DeepSpeed reduces and updates. This
+module does the rest on each rank's partition: the sum of norm gradients over tensor ranks under sequence parallelism,
+the division by the tokens of all ranks, the gradient norm and clipping, and the decision to update. Tensor and context
+parallel groups are Megatron's.
 
-The model stays as it is built: bf16 with a few float32 parameters, each kind in groups of its own. DeepSpeed's own
-"bf16" mode would round those to bf16, so it is left off and only the ZeRO optimizer sees the types.
+The model stays bf16 with a few float32 parameters, each dtype in groups of its own. DeepSpeed's "bf16" mode would round
+the float32 parameters to bf16, so it is off.
 """
 
 from __future__ import annotations
@@ -29,13 +28,12 @@ from torch import Tensor, nn
 
 from hola_megatron.engine.base import Engine
 from hola_megatron.engine.optimizer_state import STATES, OptimizerState
-
-# DeepSpeed's buffer of gradients on their way, in numbers; more than a small model has would only take room
-BUCKET = 50_000_000
+from hola_megatron.engine.zero_bucket import bucket_elements
 
 
 class DeepSpeedEngine(Engine):
-    """Data, tensor and context parallel; recipe_checks.py refuses what else Megatron's engine has."""
+    """Supports data, tensor and context parallelism; recipe/checks.py refuses the other features of Megatron's engine.
+    """
 
     def _wrap(self, chunks: list[GPTModel]) -> None:
         chunk, = chunks
@@ -55,7 +53,7 @@ class DeepSpeedEngine(Engine):
         self._zero.allreduce_gradients = lambda *args, **kwargs: (self._work.stop(), reduce(*args, **kwargs))
 
     def _settings(self, chunk: GPTModel) -> dict[str, Any]:
-        """DeepSpeed's configuration. Steps, accumulation, clipping and averaging are ours, so it has none of them."""
+        """DeepSpeed's configuration, without accumulation, clipping and averaging, which this engine does."""
         stage = self.recipe.parallel.zero_stage
         return {
             "train_micro_batch_size_per_gpu": self.recipe.train.micro_batch_size, "gradient_accumulation_steps": 1,
@@ -63,13 +61,13 @@ class DeepSpeedEngine(Engine):
             "steps_per_print": None, "timers": {"throughput": {"enabled": False}},
             "zero_optimization": {
                 "stage": stage, "overlap_comm": self._overlap, "compute_grad_norm": False,
-                "reduce_bucket_size": min(BUCKET, sum(p.numel() for p in chunk.parameters())),
-                # stage 2 would put float32 gradients into one bf16 buffer with the others
+                "reduce_bucket_size": bucket_elements(sum(p.numel() for p in chunk.parameters())),
+                # stage 2 would copy float32 gradients into one bf16 buffer with the others
                 "contiguous_gradients": stage == 1}}
 
     @contextlib.contextmanager
     def _before_the_last(self) -> Iterator[None]:
-        """Megatron's schedule runs all micro-batches but the last in here: gradients only add up."""
+        """Megatron's no_sync context of all micro-batches but the last: accumulate gradients without reduction."""
         self._zero.set_gradient_accumulation_boundary(False)
         try:
             yield
@@ -93,26 +91,26 @@ class DeepSpeedEngine(Engine):
         self.optimizer.zero_grad()
 
     def gradient(self, parameter: nn.Parameter) -> Tensor | None:
-        part, whole = self.optimizer.parts.get(parameter), torch.zeros_like(parameter, dtype=torch.float32)
-        if part and self.optimizer.flat:
-            whole.view(-1)[part.start:part.end] = part.of(self.optimizer.flat)
+        owned, whole = self.optimizer.ranges.get(parameter), torch.zeros_like(parameter, dtype=torch.float32)
+        if owned and self.optimizer.flat:
+            whole.view(-1)[owned.start:owned.end] = owned.of(self.optimizer.flat)
         return whole
 
 
 class ZeroChunk(nn.Module):
-    """The model, called through DeepSpeed."""
+    """The model chunk, called through DeepSpeed's engine."""
 
     def __init__(self, module: GPTModel, zero: Any):
         super().__init__()
         self.module = module
-        self._call = lambda *args, **kwargs: zero(*args, **kwargs)  # no submodule: it has this module in it
+        self._call = lambda *args, **kwargs: zero(*args, **kwargs)  # not a submodule: it contains this module
         self._optimizer = lambda: zero.optimizer
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         return self._call(*args, **kwargs)
 
     def zero_grad_buffer(self) -> None:
-        """Drop the gradients of a step, also of one whose update was refused."""
+        """Drop the gradients of the last step, also of a step without an update."""
         optimizer = self._optimizer()
         optimizer.zero_grad()
         for found in (optimizer.averaged_gradients, optimizer.all_grad_tensors):
@@ -120,33 +118,37 @@ class ZeroChunk(nn.Module):
 
 
 @dataclass(frozen=True)
-class Part:
-    """What this data rank owns of a parameter: flat numbers [start, end), at `at` of its part of group `group`."""
+class FlatRange:
+    """The range of a parameter that this data rank owns.
+
+    group: the optimizer group. offset: of the range in this rank's flat partition of the group. start, end: elements of
+    the flattened parameter.
+    """
 
     group: int
-    at: int
+    offset: int
     start: int
     end: int
 
-    def of(self, parts: list[Tensor]) -> Tensor:
-        """parts: of each group this rank's part."""
-        return parts[self.group].narrow(0, self.at, self.end - self.start)
+    def of(self, partitions: list[Tensor]) -> Tensor:
+        """The range as a view. partitions: this rank's flat partition of each group."""
+        return partitions[self.group].narrow(0, self.offset, self.end - self.start)
 
 
 class ZeroGradients:
-    """This rank's part of every group's gradients, with the methods of Megatron's optimizers.
+    """This rank's partition of every group's gradients, with the interface of Megatron's optimizers.
 
-    `flat`: float32, one a group, from the end of the backward passes until the next step begins.
+    `flat`: float32, one per group, from the end of the backward passes until the next step.
     """
 
     def __init__(self, zero: Any, tensor_rank: int):
         self.zero = zero
-        self.parts = dict(_parts(zero))
+        self.ranges = dict(_ranges(zero))
         self.flat: list[Tensor] = []
-        cut = [getattr(p, "tensor_model_parallel", False) for p in self.parts]
-        # what every tensor rank holds whole counts once
-        self._counted = [part for part, own in zip(self.parts.values(), cut, strict=True) if own or tensor_rank == 0]
-        self._norms = [part for p, part in self.parts.items() if getattr(p, "sequence_parallel", False)]
+        # replicated parameters count once in the gradient norm, on tensor rank 0
+        self._counted = [owned for p, owned in self.ranges.items()
+                         if getattr(p, "tensor_model_parallel", False) or tensor_rank == 0]
+        self._norms = [owned for p, owned in self.ranges.items() if getattr(p, "sequence_parallel", False)]
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:
@@ -160,7 +162,7 @@ class ZeroGradients:
         self.flat = []
 
     def collect(self) -> None:
-        """Make one tensor of each group's gradients, and let DeepSpeed's update take that one."""
+        """Concatenate each group's gradients into one tensor, which DeepSpeed's update then uses."""
         gradients = self.zero.averaged_gradients
         for group in range(len(self.weights)):
             flat = getattr(gradients[group], "flat_partition", None)
@@ -170,14 +172,14 @@ class ZeroGradients:
             self.flat.append(flat)
 
     def sum_over_tensor_ranks(self) -> None:
-        """Norms see a part of the tokens on each tensor rank. All of these own the same numbers of a parameter."""
+        """All-reduce gradients of norms, which see different tokens on each tensor rank; the ranges are the same."""
         if self._norms:
-            together = torch.cat([part.of(self.flat) for part in self._norms])
+            together = torch.cat([owned.of(self.flat) for owned in self._norms])
             dist.all_reduce(together, group=parallel_state.get_tensor_model_parallel_group())
             start = 0
-            for part in self._norms:
-                end = start + part.end - part.start
-                part.of(self.flat).copy_(together[start:end])
+            for owned in self._norms:
+                end = start + owned.end - owned.start
+                owned.of(self.flat).copy_(together[start:end])
                 start = end
 
     def scale(self, factor: Tensor | float) -> None:
@@ -185,19 +187,19 @@ class ZeroGradients:
             flat.mul_(factor)
 
     def prepare_grads(self) -> bool:
-        """DeepSpeed has no loss scale to take out, and infinite numbers are the judge's business."""
+        """Nothing to do: there is no loss scale, and the judge handles values that are not finite."""
         return False
 
     def get_grad_norm(self) -> float:
         """Of the whole model, on every rank."""
-        norms = torch._foreach_norm([part.of(self.flat) for part in self._counted])
+        norms = torch._foreach_norm([owned.of(self.flat) for owned in self._counted])
         squares = torch.stack(norms).square().sum() if norms else torch.zeros((), device=self.flat[0].device)
         dist.all_reduce(squares)
         return float(squares.sqrt())
 
 
 class ZeroState(OptimizerState):
-    """The float32 weights and moments that ZeRO keeps, for checkpoints."""
+    """ZeRO's float32 weights and moments, for checkpoints."""
 
     distributed = True
 
@@ -205,7 +207,7 @@ class ZeroState(OptimizerState):
         self.optimizer, self.group, self.ranks = optimizer, data_group, dist.get_world_size(data_group)
         self._adam = optimizer.zero.optimizer
         fused = self._adam.defaults["fused"]
-        for weight in optimizer.weights:  # as torch's AdamW makes it at its first step
+        for weight in optimizer.weights:  # as torch's AdamW initialises it at its first step
             self._adam.state[weight].update(
                 step=torch.zeros((), device=weight.device if fused else "cpu"),
                 **{name: torch.zeros_like(weight) for name in STATES})
@@ -219,31 +221,32 @@ class ZeroState(OptimizerState):
         for weight in self.optimizer.weights:
             self._adam.state[weight]["step"].fill_(value)
 
-    def _held(self, parameter: nn.Parameter) -> dict[str, Tensor]:
-        part, weights = self.optimizer.parts.get(parameter), self.optimizer.weights
-        if part is None:
+    def _tensors(self, parameter: nn.Parameter) -> dict[str, Tensor]:
+        owned, weights = self.optimizer.ranges.get(parameter), self.optimizer.weights
+        if owned is None:
             return {}
-        return {"weight": part.of(weights),
-                **{name: part.of([self._adam.state[weight][name] for weight in weights]) for name in STATES}}
+        return {"weight": owned.of(weights),
+                **{name: owned.of([self._adam.state[weight][name] for weight in weights]) for name in STATES}}
 
     def _range(self, parameter: nn.Parameter) -> tuple[int, int]:
-        part = self.optimizer.parts.get(parameter)
-        return (part.start, part.end) if part else (0, 0)
+        owned = self.optimizer.ranges.get(parameter)
+        return (owned.start, owned.end) if owned else (0, 0)
 
 
-def _parts(zero: Any) -> Iterator[tuple[nn.Parameter, Part]]:
-    """Of every parameter, what this data rank owns; nothing of one that lies on other ranks."""
+def _ranges(zero: Any) -> Iterator[tuple[nn.Parameter, FlatRange]]:
+    """(parameter, range) of every parameter of which this data rank owns elements."""
     for group, parameters in enumerate(zero.round_robin_bit16_groups):
         size = zero.partition_size[group]
         first = size * dist.get_rank(zero.real_dp_process_group[group])
         for parameter, offset in zip(parameters, zero.round_robin_bit16_offsets[group], strict=True):
             start, end = max(first, offset), min(first + size, offset + parameter.numel())
             if end > start:
-                yield parameter, Part(group, start - first, start - offset, end - offset)
+                yield parameter, FlatRange(group, start - first, start - offset, end - offset)
 
 
 def _groups(chunk: GPTModel, weight_decay: float, dtype: torch.dtype) -> Iterator[dict[str, Any]]:
-    """Vectors do not decay, as in Megatron's groups; a group has one type, the model's own first (ZeRO goes by it)."""
+    """Optimizer groups: no weight decay for vectors, as in Megatron; one dtype per group, the model's first (for ZeRO).
+    """
     parameters = list(chunk.parameters())
     for wanted in (dtype, *{p.dtype for p in parameters} - {dtype}):
         for decays in (True, False):
@@ -253,9 +256,9 @@ def _groups(chunk: GPTModel, weight_decay: float, dtype: torch.dtype) -> Iterato
 
 
 class _Groups:
-    """Megatron's process groups under the names that DeepSpeed asks an `mpu` for.
+    """Megatron's process groups with the interface of DeepSpeed's `mpu`.
 
-    Context-parallel ranks hold the same weights and different tokens: to ZeRO they are data ranks.
+    Context-parallel ranks have the same weights and different tokens: for ZeRO they are data ranks.
     """
 
     @staticmethod
@@ -279,12 +282,12 @@ class _Groups:
 
 
 def _deepspeed(device: torch.device) -> Any:
-    """The package, quiet, on this device, and on the process group that is there already."""
+    """Import DeepSpeed with less logging, for this device and the existing process group."""
     os.environ.setdefault("DS_ACCELERATOR", device.type)
-    os.environ.setdefault("LOCAL_RANK", "0")  # it refuses to start without, also on one process
+    os.environ.setdefault("LOCAL_RANK", "0")  # required also for one process
     import deepspeed
 
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
-    # on a CPU it would compile, for minutes, sums through shared memory that only its inference uses
+    # on a CPU it would compile shared-memory collectives (minutes), which only its inference uses
     importlib.import_module("deepspeed.comm.torch").build_shm_op = lambda: None
     return deepspeed

@@ -1,9 +1,9 @@
-"""What the delayed fp8 recipe remembers from step to step: scales, and the largest numbers they come from.
+"""State of the delayed fp8 recipe: scales, and the amax histories from which they are computed.
 
-Transformer Engine keeps both in every quantized linear, outside parameters and optimizer, and would save them as
-`_extra_state`, bytes that run code when they are read. A resume without them is not bit for bit, so checkpoints hold
-them as plain tensors. They are maxima over all tensor, data and context ranks, the same on each: one rank's copy is
-the whole tensor, at any layout. The other recipes remember nothing.
+Transformer Engine stores both in every quantized linear, outside parameters and optimizer, and would save them as
+`_extra_state`: bytes that can run code when they are loaded. A resume without them is not bitwise, so
+checkpoints contain them as plain tensors. They are maxima over all tensor, data and context ranks, equal on each rank,
+so one rank's copy serves any layout. The other fp8 recipes have no state.
 """
 
 from __future__ import annotations
@@ -33,27 +33,28 @@ def fp8_tensors(chunks: list[nn.Module]) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def restore_fp8(chunks: list[nn.Module], recipe: Any, stored: dict[str, Tensor]) -> None:
-    """Give every linear its scales and history back; `recipe`: Transformer Engine's, of the run that goes on.
+    """Restore the scales and histories of all linears.
 
-    A history of another length is cut or filled up with zeros. Linears that `stored` does not name start anew.
+    recipe: Transformer Engine's, of the resumed run. stored: as from `fp8_tensors`; linears without an entry are reset.
+    A history of another length is truncated or padded with zeros.
     """
     for name, module in _quantized(chunks):
         values = {state: stored.get(f"{name}.{state[0]}.{state[1]}") for state in STATES}
         if None in values.values():
             for direction, kind in STATES:
-                if (held := getattr(module.fp8_meta.get(direction), kind, None)) is not None:
-                    held.fill_(1.0 if kind == "scale" else 0.0)
+                if (state := getattr(module.fp8_meta.get(direction), kind, None)) is not None:
+                    state.fill_(1.0 if kind == "scale" else 0.0)
             continue
         module.fp8_meta.update(recipe=recipe, num_gemms=1)
         module.init_fp8_meta_tensors(recipe)
         for (direction, kind), value in values.items():
-            held = getattr(module.fp8_meta[direction], kind)
+            state = getattr(module.fp8_meta[direction], kind)
             if kind == "amax_history":
-                held.zero_()
-                rows = min(len(held), len(value))
-                held[:rows].copy_(value[:rows])
+                state.zero_()
+                rows = min(len(state), len(value))
+                state[:rows].copy_(value[:rows])
             else:
-                held.copy_(value)
+                state.copy_(value)
 
 
 def _quantized(chunks: list[nn.Module]) -> Iterator[tuple[str, Any]]:

@@ -18,22 +18,35 @@ from hola_megatron.engine.base import Engine
 from hola_megatron.engine.expert_state import optimizer_state
 from hola_megatron.engine.fp8_state import fp8_tensors, restore_fp8
 from hola_megatron.engine.muon import muon_optimizer
+from hola_megatron.parallel.groups import release_at_stop
 
 
 class MegatronEngine(Engine):
-    """Every layout that Megatron-core has: data, tensor, sequence, context, expert and pipeline parallel."""
+    """Supports data, tensor, sequence, context, expert and pipeline parallelism."""
 
     def _wrap(self, chunks: list[GPTModel]) -> None:
         self.adam = use_group_step_adam()
         self.model = [self._data_parallel(chunk) for chunk in chunks]
         self.optimizer = self._build_optimizer()
-        for group in self.optimizer.param_groups:  # Megatron leaves that to its own scheduler of learning rates
+        for group in self.optimizer.param_groups:  # otherwise done by Megatron's learning-rate scheduler
             group["weight_decay"] *= group["wd_mult"]
         self.state = optimizer_state(self.optimizer, parallel_state.get_data_parallel_group(with_context_parallel=True))
         self.config.grad_scale_func = self.optimizer.scale_loss
         if self._overlap:
             hooks = [chunk.no_sync for chunk in self.model]
             self.config.no_sync_func = hooks if len(hooks) > 1 else hooks[0]
+        release_at_stop(self)
+
+    def release(self) -> None:
+        """Remove Megatron's gradient hooks. No training step is possible afterwards.
+
+        Autograd's nodes refer to them, and they to the model and its process groups, in a cycle that the garbage
+        collector does not see: the groups' threads would outlive the run in this process.
+        """
+        for chunk in self.model:
+            for node in chunk.grad_accs:
+                node.register_hook(lambda *_: None).hooks_dict_ref().clear()
+            chunk.grad_accs.clear()
 
     def _data_parallel(self, chunk: torch.nn.Module) -> DistributedDataParallel:
         sharded = self.recipe.parallel.distributed_optimizer
@@ -48,7 +61,7 @@ class MegatronEngine(Engine):
             return get_megatron_optimizer(self._optimizer_config(), self.model)
         group = parallel_state.get_tensor_model_parallel_group()
         made = muon_optimizer(self._optimizer_config(), self.model, self.recipe.train, group)
-        self.adam = "Muon, and GroupStepAdam for what is no matrix"
+        self.adam = "Muon for matrices, GroupStepAdam for other parameters"
         return made
 
     def _optimizer_config(self) -> OptimizerConfig:

@@ -1,8 +1,7 @@
-"""The float32 weights and Adam moments of a parameter, whichever Megatron optimizer holds them.
+"""The float32 weights and Adam moments of a parameter, for all of Megatron's optimizers.
 
-The plain optimizers keep whole tensors; the distributed one keeps, on each data-parallel
-rank, a flat range of each parameter. Checkpoints want whole local tensors, so ranges are
-put together on the one rank that writes, and cut again on loading.
+The plain optimizers have whole tensors; the distributed one has, on each data-parallel rank, a flat range of each
+parameter. Checkpoints store whole local tensors, so ranges are gathered on the rank that writes, and sliced on loading.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ class OptimizerState:
     def __init__(self, optimizer: Any, data_group: dist.ProcessGroup):
         chain = getattr(optimizer, "chained_optimizers", [optimizer])
         if len(chain) != 1:
-            raise NotImplementedError("checkpoints know one optimizer a rank")
+            raise NotImplementedError("checkpoints support one optimizer per rank")
         self.inner = chain[0]
         self.group = data_group
         self.ranks = dist.get_world_size(data_group)
@@ -36,42 +35,42 @@ class OptimizerState:
     def gather(self, parameter: nn.Parameter, writer: int) -> dict[str, Tensor] | None:
         """{"weight", "exp_avg", "exp_avg_sq"} float32 in the parameter's shape, on data rank `writer` (None elsewhere).
 
-        Without "exp_avg_sq" where the optimizer has none of this parameter (Muon). A collective over the data-parallel
-        group with the distributed optimizer.
+        Without "exp_avg_sq" for parameters updated by Muon. With the distributed optimizer, a collective over the
+        data-parallel group.
         """
-        held = self._held(parameter)
+        owned = self._tensors(parameter)
         here = dist.get_rank(self.group) == writer
         if not self.distributed:
-            return {name: value.detach() for name, value in held.items()} if here else None
+            return {name: value.detach() for name, value in owned.items()} if here else None
         start, end = self._range(parameter)
         gathered = {}
         for name in ("weight", *STATES):
-            # as integers: adding zeros then keeps every bit, also of -0.0
+            # as integers: a sum with zeros keeps every bit, also of -0.0
             whole = torch.zeros(parameter.numel(), dtype=torch.int32, device=parameter.device)
             if end > start:
-                whole[start:end] = held[name].detach().float().view(torch.int32)
+                whole[start:end] = owned[name].detach().float().view(torch.int32)
             dist.reduce(whole, dist.get_global_rank(self.group, writer), group=self.group)
             gathered[name] = whole.view(torch.float32).view(parameter.shape)
         return gathered if here else None
 
     def kinds(self, parameter: nn.Parameter) -> tuple[str, ...]:
-        """What is held of a parameter, on whichever data rank: "weight" and moments."""
-        return ("weight", *STATES) if self.distributed else tuple(self._held(parameter))
+        """Names of the tensors that exist for a parameter on any data rank: "weight" and moments."""
+        return ("weight", *STATES) if self.distributed else tuple(self._tensors(parameter))
 
     @torch.no_grad()
     def restore(self, parameter: nn.Parameter, values: dict[str, Tensor]) -> None:
-        """Set the parameter and what the optimizer holds of it from whole local tensors."""
+        """Set the parameter and this rank's optimizer tensors from whole local tensors."""
         parameter.data.copy_(values["weight"])
-        held = self._held(parameter)
+        owned = self._tensors(parameter)
         start, end = self._range(parameter) if self.distributed else (0, parameter.numel())
         for name in ("weight", *STATES):
-            if name in held and end > start:
-                source = values[name].to(held[name].device).reshape(-1)[start:end]
-                held[name].copy_(source.view_as(held[name]))
+            if name in owned and end > start:
+                source = values[name].to(owned[name].device).reshape(-1)[start:end]
+                owned[name].copy_(source.view_as(owned[name]))
 
     @property
     def step(self) -> int:
-        """Updates made so far (all groups agree)."""
+        """Number of updates so far, equal in all groups."""
         groups = self.inner.optimizer.param_groups if self.inner.optimizer else []
         return max((int(group.get("step", 0)) for group in groups), default=0)
 
@@ -80,7 +79,8 @@ class OptimizerState:
         for group in self.inner.optimizer.param_groups if self.inner.optimizer else []:
             group["step"] = value
 
-    def _held(self, parameter: nn.Parameter) -> dict[str, Tensor]:
+    def _tensors(self, parameter: nn.Parameter) -> dict[str, Tensor]:
+        """This rank's optimizer tensors of a parameter; empty where it owns none."""
         if self.distributed:
             start, end = self._range(parameter)
             if end == start:
@@ -94,7 +94,7 @@ class OptimizerState:
         return {"weight": main, **{name: state[name] for name in STATES if name in state}}
 
     def _find_shards(self) -> dict[nn.Parameter, Tensor]:
-        """The float32 shard of every parameter the distributed optimizer holds here.
+        """The float32 shard of every parameter that the distributed optimizer owns on this rank.
 
         Not by `model_param_group_index_map`: its order within a group is that of the gradient buffers, while the
         group lists float32 parameters first. In a bf16 model with float32 gates the two differ.

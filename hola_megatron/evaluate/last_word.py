@@ -1,4 +1,4 @@
-"""LAMBADA's question: can the model finish a passage with its last word?
+"""LAMBADA: prediction of a passage's last word.
 
 The word is everything after the passage's last space. It counts as found when each of its tokens
 is the model's first choice, given the ones before; its perplexity is exp of the mean negative log
@@ -20,7 +20,7 @@ from hola_megatron.errors import DataError
 
 @dataclass(frozen=True)
 class LastWord:
-    """Passages asked, words found, summed negative log likelihood of the words."""
+    """Number of passages, words predicted correctly, summed negative log likelihood of the words."""
 
     passages: int
     found: int
@@ -40,7 +40,7 @@ class LastWord:
 
 
 def last_word(model: Any, tokenizer: Any, passages: Iterable[str], *, batch: int = 8) -> LastWord:
-    """Ask for the last word of every passage that has at least two. DataError where none has."""
+    """Predict the last word of every passage with at least two words. Raises DataError where there is none."""
     start = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
     rows = (_row(tokenizer, start, text.strip()) for text in passages if " " in text.strip())
     total, found, nats = 0, 0, 0.0

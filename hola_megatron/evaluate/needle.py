@@ -1,8 +1,8 @@
 """A number hidden in a long text: what the exact memory is for.
 
-As RULER's first single-needle task: noise sentences, one sentence that names a number at a
-given depth, and a question at the end. The model answers by greedy decoding; the answer is
-right when it contains the number. Texts are cut to a length in tokens, question included.
+Like RULER's S-NIAH-1 (recall/ruler.py, niah_single_1) in its noise and its needle, and not that task: no introduction
+says that something is hidden, keys are eight nouns, depths are even from start to end, and the answer is not counted in
+the length. The model answers by greedy decoding; the answer is right when it contains the number.
 
 `needle_documents` are texts of the same form with their answers, to mix into a corpus for models
 too small to find the task out by themselves (tools/needle_text.py).
@@ -30,31 +30,32 @@ CHARACTERS = (800, 6000)  # of a needle document's noise; with needles and quest
 
 @dataclass(frozen=True)
 class NeedleResult:
-    """Right answers among `asked` at one text length (tokens)."""
+    """Right answers among `samples` at one text length (tokens)."""
 
     length: int
-    asked: int
+    samples: int
     right: int
 
     def __str__(self) -> str:
-        return f"needle {self.length:>8,} tokens  {self.right}/{self.asked} found ({self.right / self.asked:.2f})"
+        return f"needle {self.length:>8,} tokens  {self.right}/{self.samples} found ({self.right / self.samples:.2f})"
 
 
-def needle(model: Any, tokenizer: Any, length: int, *, asked: int = 20, batch: int = 1, seed: int = 0) -> NeedleResult:
-    """Hide a number in `asked` texts of `length` tokens, at depths from start to end; `batch` texts at a time.
+def needle(model: Any, tokenizer: Any, length: int, *, samples: int = 20, batch: int = 1,
+           seed: int = 0) -> NeedleResult:
+    """Hide a number in `samples` texts of `length` tokens, at depths from start to end; `batch` texts at a time.
 
     RecipeError where needle and question do not fit.
     """
     draw, texts = random.Random(f"asked, {length} tokens, {seed}"), []
-    for n in range(asked):
+    for n in range(samples):
         key, number = draw.choice(KEYS), _number(draw)
-        texts.append((haystack(tokenizer, length, key, number, depth=n / max(asked - 1, 1)), number))
+        texts.append((haystack(tokenizer, length, key, number, depth=n / max(samples - 1, 1)), number))
     right = 0
-    for first in range(0, asked, batch):
+    for first in range(0, samples, batch):
         group = texts[first:first + batch]
         found = answers(model, tokenizer, [ids for ids, _ in group])
         right += sum(number in answer for (_, number), answer in zip(group, found, strict=True))
-    return NeedleResult(length, asked, right)
+    return NeedleResult(length, samples, right)
 
 
 def check_lengths(tokenizer: Any, lengths: Sequence[int]) -> None:
@@ -75,16 +76,16 @@ def _too_short(length: int, least: int) -> str:
 def haystack(tokenizer: Any, length: int, key: str, number: str, depth: float) -> list[int]:
     """Token ids of a text of at most `length` tokens, its needle at `depth` (0 to 1); RecipeError if that cannot be.
 
-    The text is encoded whole: pieces encoded one by one begin with marks that no text has.
+    The text is encoded whole: segments encoded separately start with marks that the text does not have.
     """
     start = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
-    room = length - len(start)
+    limit = length - len(start)
     one, two = (len(_encode(tokenizer, key, number, times, depth)) for times in (1, 2))
-    unit = max(two - one, 1)
-    times = max(1 + (room - one) // unit, 0)
-    while len(ids := _encode(tokenizer, key, number, times, depth)) > room and times:
-        times = max(times + (room - len(ids)) // unit, 0)  # not every repetition was as short as the second
-    if len(ids) > room:
+    unit_tokens = max(two - one, 1)
+    times = max(1 + (limit - one) // unit_tokens, 0)
+    while len(ids := _encode(tokenizer, key, number, times, depth)) > limit and times:
+        times = max(times + (limit - len(ids)) // unit_tokens, 0)  # not every repetition was as short as the second
+    if len(ids) > limit:
         raise RecipeError(_too_short(length, len(start) + len(ids)))
     return start + ids
 
@@ -103,17 +104,17 @@ def needle_documents(count: int, noise: Sequence[str], seed: int = 0) -> Iterato
     """
     draw = random.Random(f"documents, {seed}")
     for n in range(count):
-        size = int(CHARACTERS[0] * (CHARACTERS[1] / CHARACTERS[0]) ** draw.random())  # short and long ones alike
+        size = int(CHARACTERS[0] * (CHARACTERS[1] / CHARACTERS[0]) ** draw.random())  # log-uniform
         sentences = _sentences(size, noise if n % 2 else (), draw)
         numbers = {key: _number(draw) for key in draw.sample(KEYS, draw.randint(1, 4))}
         for key, number in numbers.items():
             sentences.insert(draw.randint(0, len(sentences)), NEEDLE.format(key=key, number=number))
-        asked = draw.sample(sorted(numbers), len(numbers))
-        yield "".join(sentences) + " ".join(f"{QUESTION.format(key=key)} {numbers[key]}." for key in asked)
+        samples = draw.sample(sorted(numbers), len(numbers))
+        yield "".join(sentences) + " ".join(f"{QUESTION.format(key=key)} {numbers[key]}." for key in samples)
 
 
 def _sentences(characters: int, noise: Sequence[str], draw: random.Random) -> list[str]:
-    """Sentences in their order, from a random place on, until they have so many characters."""
+    """Sentences in order from a random position, up to a number of characters."""
     source = noise or [f"{sentence}. " for sentence in NOISE.split(". ")[:-1]]
     at, taken, total = draw.randrange(len(source)) if noise else 0, [], 0
     while total < characters:

@@ -1,7 +1,7 @@
 """hola_kernels as one file: what an exported model computes with where the package is not installed.
 
 The file is made from the package's own source, so there is no second implementation that could
-drift. Starting from the public operations, every module they import is taken over as it stands,
+drift. Starting from the public operations, every module they import is included unchanged,
 with three mechanical changes: imports between the modules go away, functions that reach for
 Triton become None, and a private name that two modules use gets its module's name appended.
 One module is replaced, `backend`: without the package there is nothing to choose from.
@@ -18,8 +18,11 @@ import hola_kernels
 
 PACKAGE = "hola_kernels"
 REPLACED = f"{PACKAGE}.backend"
-PUBLIC = ("HolaState", "KernelError", "gated_delta_rule", "gated_delta_step", "gated_rms_norm", "hola_attention",
-          "hola_attention_step", "short_conv", "short_conv_step")
+# modules that name what is public: where the bundle starts from
+ROOTS = (PACKAGE, f"{PACKAGE}.modules")
+PUBLIC = ("GatedDeltaNet", "HamAttention", "HolaAttention", "HolaState", "HqltAttention", "HqltState", "KernelError",
+          "LayerCache", "PackedDocuments", "decay_rate", "gated_delta_rule", "gated_delta_step", "gated_rms_norm",
+          "hola_attention", "hola_attention_step", "short_conv", "short_conv_step", "step_bias")
 
 HEADER = '''"""The operations of a HOLA layer in plain PyTorch, as one module.
 
@@ -41,6 +44,11 @@ def choose_backend(backend: str, device: torch.device, refusal: str | None = Non
         raise KernelError(f"backend: {backend!r} is not one of auto, {', '.join(BACKENDS)} (the Triton kernels come "
                           "with the package hola_kernels)")
     return backend
+
+
+def interpreted() -> bool:
+    """Whether Triton's interpreter runs the kernels: there are none."""
+    return False
 
 
 @functools.cache
@@ -126,9 +134,9 @@ def _in_order() -> list[_Module]:
                 add(needed)
         found[name] = module
 
-    add(PACKAGE)
-    del found[PACKAGE]  # it only names what is public
-    return list(found.values())
+    for root in ROOTS:
+        add(root)
+    return [module for name, module in found.items() if name not in ROOTS]
 
 
 def _body(module: _Module, taken: set[str]) -> str:

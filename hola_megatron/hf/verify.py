@@ -1,4 +1,4 @@
-"""The proof of a conversion: the Megatron model and the reloaded Hugging Face model give the same logits.
+"""Verification of a conversion: the logits of the Megatron model and of the reloaded Hugging Face model are equal.
 
 Both run in float32 on the plain torch operations, in one process, on random tokens that fill
 more than two blocks of the exact cache; the last of them also go one by one through the
@@ -16,14 +16,16 @@ import torch
 from torch import Tensor
 
 from hola_megatron.checkpoint.folder import Checkpoint
-from hola_megatron.checkpoint.tensors import TensorReader
-from hola_megatron.config import Fp8Config, ParallelConfig, Recipe, build_recipe
+from hola_megatron.checkpoint.tensors import LAYER_STATE, TensorReader
+from hola_megatron.engine.layer_states import LayerStates
 from hola_megatron.errors import CheckpointError
 from hola_megatron.hf import auto
 from hola_megatron.hf.shape import differences, model_section
 from hola_megatron.model.build import build_model
-from hola_megatron.model.parameters import pieces
-from hola_megatron.parallel.groups import start, stop
+from hola_megatron.model.parameters import param_shards
+from hola_megatron.recipe.loading import build_recipe
+from hola_megatron.recipe.schema import Fp8Config, ParallelConfig, Recipe
+from hola_megatron.startup.start import start, stop
 
 TOLERANCE = 1e-5  # times the largest logit where that is above 1
 NOISE = 100  # float32 differences up to this many times the tolerance are tried again in float64
@@ -32,7 +34,7 @@ ROWS, STEPS = 2, 24
 
 @dataclass(frozen=True)
 class Agreement:
-    """How far two models' logits are apart on the same tokens.
+    """Differences of two models' logits on the same tokens.
 
     worst, mean: of the absolute difference; limit: the largest one allowed; decoded: the largest one where
     the Hugging Face model went token by token through its cache; same_greedy: positions at which
@@ -58,8 +60,8 @@ class Agreement:
 
 
 def verify(checkpoint: Checkpoint, folder: Path) -> Agreement:
-    """Compare a checkpoint with an exported folder; CheckpointError where they disagree."""
-    recipe = build_recipe(checkpoint.manifest["recipe"])
+    """Compare a checkpoint with an exported folder. Raises CheckpointError where their logits differ."""
+    recipe = build_recipe(checkpoint.run_manifest()["recipe"])
     config = auto.read_config(folder)
     if problems := differences(asdict(recipe.model), model_section(config)):
         raise CheckpointError(f"{folder}: is a model of another recipe than {checkpoint.path}: {problems[0]}")
@@ -94,8 +96,8 @@ def compare(mine: Tensor, theirs: Tensor, decoded: Tensor) -> Agreement:
 
 
 def _random_tokens(recipe: Recipe) -> Tensor:
-    """[ROWS, T] with T more than two blocks."""
-    length = 2 * recipe.model.cache.block + 17 if "H" in recipe.model.layer_kinds else 80
+    """[ROWS, T] with T enough for every part of every layer."""
+    length = max(kind.comparison_length(recipe.model) for kind in recipe.model.layer_kinds)
     return torch.randint(recipe.model.vocab_size, (ROWS, length), generator=torch.Generator().manual_seed(1))
 
 
@@ -120,8 +122,10 @@ def _megatron_logits(recipe: Recipe, checkpoint: Checkpoint, tokens: Tensor, sto
     try:
         model = build_model(alone, device=layout.device, seeded=False)[0].eval()
         reader = TensorReader(checkpoint.path, checkpoint.manifest["tensors"]["weight"])
-        for piece in pieces([model], 0, 1):
-            piece.of(piece.parameter.data).copy_(auto.stored(piece.name, reader.whole(piece.name), stored_as))
+        for shard in param_shards([model], 0, 1):
+            shard.of(shard.parameter.data).copy_(auto.stored(shard.name, reader.whole(shard.name), stored_as))
+        states = TensorReader(checkpoint.path, checkpoint.manifest["tensors"].get(LAYER_STATE, {}))
+        LayerStates([model]).restore({name: states.whole(name) for name in states.names()})
         return model.to(dtype)(tokens.to(layout.device), None, None).cpu()
     finally:
         stop()

@@ -7,38 +7,17 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
+from hola_megatron.checkpoint.tensors import shard_entry
+from hola_megatron.checkpoint.weights_only import write_shards
 from hola_megatron.errors import CheckpointError
+from hola_megatron.files import FileProblem, MissingFile, schemas
+from hola_megatron.files.tensors import TensorFile
+from hola_megatron.hf.contained import contained, read_json
 
 INDEX = "model.safetensors.index.json"
 ALONE = "model.safetensors"
-
-
-def write_shards(tensors: Iterable[tuple[str, Tensor]], folder: Path, name: str, limit: int) -> dict[str, list[str]]:
-    """Write tensors as they come into files of at most `limit` bytes (or one tensor); file -> its tensors' names.
-
-    name: the file's name with a place for its number, as in "weights-{:05d}.safetensors".
-    """
-    written: dict[str, list[str]] = {}
-    held: dict[str, Tensor] = {}
-
-    def flush() -> None:
-        if held:
-            file = name.format(len(written))
-            save_file(held, folder / file, metadata={"format": "pt"})
-            (folder / file).chmod(0o644)  # the library makes files only their owner can read
-            written[file] = list(held)
-            held.clear()
-
-    for key, tensor in tensors:
-        if held and sum(x.nbytes for x in held.values()) + tensor.nbytes > limit:
-            flush()
-        held[key] = tensor.contiguous()
-    flush()
-    return written
 
 
 def write_model(tensors: Iterable[tuple[str, Tensor]], folder: Path, limit: int) -> None:
@@ -67,34 +46,56 @@ class ModelReader:
     """The tensors of an exported folder, by name."""
 
     def __init__(self, folder: Path):
-        """Open every shard; CheckpointError names the one that is missing or damaged."""
+        """Open every shard; CheckpointError names the one that is missing, damaged or outside the folder."""
         self.folder = folder
-        self._files: dict[str, Any] = {}
+        self._files: dict[str, TensorFile] = {}
         self._where: dict[str, str] = {}
-        names = self._shard_names()
-        for file in names:
-            try:
-                self._files[file] = safe_open(folder / file, framework="pt")
-            except FileNotFoundError:
-                raise CheckpointError(f"{folder / file}: missing; copy it there, or export again") from None
-            except (OSError, SafetensorError) as error:
-                raise CheckpointError(f"{folder / file}: damaged ({error}); export again") from None
-            self._where |= dict.fromkeys(self._files[file].keys(), file)
+        for file, listed in self._shards().items():
+            self._files[file] = _open(contained(folder, file))
+            present = set(self._files[file].names)
+            if listed is not None and present != listed:
+                name = min(present ^ listed)
+                raise CheckpointError(f"{folder / file}: {name} is {'not ' if name in listed else ''}in this file, the "
+                                      f"index {INDEX} lists others; get the folder again, or export again")
+            self._where |= dict.fromkeys(present, file)
 
-    def _shard_names(self) -> list[str]:
-        if not (self.folder / INDEX).is_file():
-            return [ALONE]
-        try:
-            weight_map = json.loads((self.folder / INDEX).read_text(encoding="utf-8"))["weight_map"]
-            return sorted(set(weight_map.values()))
-        except (OSError, ValueError, KeyError, AttributeError) as error:
-            raise CheckpointError(f"{self.folder / INDEX}: damaged ({error}); export again") from None
+    def _shards(self) -> dict[str, set[str] | None]:
+        """{file: names of its tensors in the index}; None where there is no index."""
+        index = read_json(self.folder, INDEX, schemas.MAPPING)
+        if index is None:
+            return {ALONE: None}
+        weight_map = index.get("weight_map")
+        if not isinstance(weight_map, dict) or not weight_map:
+            raise CheckpointError(f"{self.folder / INDEX}: damaged (no weight_map); export again")
+        shards: dict[str, set[str] | None] = {}
+        for name, file in weight_map.items():
+            contained(self.folder, file)
+            shards.setdefault(file, set()).add(name)
+        return dict(sorted(shards.items()))
 
     def names(self) -> list[str]:
         return sorted(self._where)
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        return {name: tuple(self._files[file].get_slice(name).get_shape()) for name, file in self._where.items()}
+        return {name: self._files[file].shape(name) for name, file in self._where.items()}
+
+    def index(self) -> dict[str, dict[str, Any]]:
+        """The tensors as a checkpoint's manifest lists them, for `TensorReader`: each is one shard."""
+        return {name: {"shape": list(shape), "shards": [shard_entry(self._where[name], name, 0, 0, shape[0])]}
+                for name, shape in self.shapes().items()}
 
     def read(self, name: str) -> Tensor:
-        return self._files[self._where[name]].get_tensor(name)
+        file = self._files[self._where[name]]
+        try:
+            return file.whole(name)
+        except FileProblem as problem:
+            raise CheckpointError(f"{file.path}: {problem}; export again") from None
+
+
+def _open(path: Path) -> TensorFile:
+    try:
+        return TensorFile(path)
+    except MissingFile:
+        raise CheckpointError(f"{path}: missing; copy it there, or export again") from None
+    except FileProblem as problem:
+        raise CheckpointError(f"{path}: {problem}; export again") from None

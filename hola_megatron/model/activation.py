@@ -1,4 +1,4 @@
-"""The activation of a layer's MLP, in the place where Megatron takes a module of Transformer Engine."""
+"""The activation of a layer's MLP, used where Megatron expects a module of Transformer Engine."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from hola_megatron.model.config import HolaTransformerConfig
 
 
 class SwiGLU(nn.Module):
-    """x [S, B, 2F] -> SiLU(x[..., :F]) * x[..., F:]; F is this tensor rank's share of the MLP's width.
+    """x [S, B, 2F] -> SiLU(x[..., :F]) * x[..., F:]; F is this tensor rank's shard of the MLP's width.
 
     No parameters. Each rank's rows of the first projection are its gates, then its ups (build.py).
     """

@@ -1,4 +1,4 @@
-"""Recipe -> model, and what can be counted without running it."""
+"""The model of a recipe, and its parameter counts."""
 
 from __future__ import annotations
 
@@ -9,10 +9,11 @@ from megatron.core import parallel_state
 from megatron.core.models.gpt import GPTModel
 from torch import nn
 
-from hola_megatron.config import Recipe
+from hola_megatron.layers.mixer import Section
 from hola_megatron.model.config import HolaTransformerConfig, transformer_config
 from hola_megatron.model.layer_specs import block_spec
-from hola_megatron.model.parameters import Section, initialize, pieces
+from hola_megatron.model.parameters import initialize, param_shards, unwrapped
+from hola_megatron.recipe.schema import Recipe
 
 
 def build_model(recipe: Recipe, *, device: torch.device, seeded: bool = True) -> list[GPTModel]:
@@ -69,19 +70,22 @@ def _gated_weights(mlp: nn.Module) -> list[nn.Parameter]:
 
 
 def count_parameters(chunks: list[nn.Module]) -> dict[str, int]:
-    """Whole-model parameters by part, from one rank that has a share of every layer (pipeline 1).
+    """Whole-model parameter counts by part, from one rank that has a shard of every layer (pipeline 1).
 
     Parts: embedding, mixer, exact_cache, mlp, norms, output; and their total.
     """
     ranks = parallel_state.get_tensor_model_parallel_world_size()
     counts: dict[str, int] = defaultdict(int)
-    for piece in pieces(chunks, 0, ranks):
+    model = unwrapped(chunks[0]).config.recipe_model
+    parts = {f"model.layers.{layer}.mixer.{row.name}": row.part
+             for layer, kind in enumerate(model.layer_kinds) for row in kind.parameters(model)}
+    for shard in param_shards(chunks, 0, ranks):
         size = 1
-        for n in piece.shape:
+        for n in shard.shape:
             size *= n
-        if piece.is_expert:  # the other expert-parallel ranks have as many others
+        if shard.is_expert:  # the other expert-parallel ranks have as many others
             size *= parallel_state.get_expert_model_parallel_world_size()
-        counts[_part(piece.name)] += size
+        counts[parts.get(shard.name) or _part(shard.name)] += size
     counts["total"] = sum(counts.values())
     return dict(counts)
 
@@ -92,8 +96,6 @@ def _part(name: str) -> str:
         return "embedding"
     if name.startswith("lm_head"):
         return "output"
-    if last in ("gamma_q", "gamma_k", "gate", "sink"):
-        return "exact_cache"
     if last in ("mixer_norm", "mlp_norm", "norm"):
         return "norms"
-    return "mlp" if ".mlp." in name else "mixer"
+    return "mlp"

@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from megatron.core.extensions.transformer_engine import HAVE_TE
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from hola_megatron.config import ModelConfig, Recipe
 from hola_megatron.errors import RecipeError
+from hola_megatron.recipe.schema import ModelConfig, Recipe
 
 
 @dataclass
@@ -22,7 +22,7 @@ class HolaTransformerConfig(TransformerConfig):
 
 
 def choose_spec(model: ModelConfig) -> tuple[str, str]:
-    """("local" or "te", why): what `model.layer_spec` means on this machine."""
+    """("local" or "te", reason): the layer spec in use on this machine."""
     usable = HAVE_TE and torch.cuda.is_available()
     if model.layer_spec == "te" and not usable:
         raise RecipeError("model.layer_spec: te needs Transformer Engine and a CUDA device; install the extra "
@@ -40,7 +40,7 @@ FP8_RECIPES = {"delayed": ("delayed", "hybrid"), "current": ("tensorwise", "hybr
 
 
 def check_fp8(recipe: Recipe) -> None:
-    """RecipeError where this machine cannot do the 8-bit products that the recipe asks for."""
+    """RecipeError where this machine does not support the recipe's fp8 products."""
     wanted = recipe.fp8.recipe
     if wanted is None:
         return
@@ -57,7 +57,7 @@ def check_fp8(recipe: Recipe) -> None:
 
 
 def _experts(recipe: Recipe, on_te: bool) -> dict[str, Any]:
-    """Megatron's words for model.moe; nothing of them without experts."""
+    """Megatron's options for model.moe; empty without experts."""
     model, moe = recipe.model, recipe.model.moe
     if moe.experts is None:
         return {}
@@ -75,7 +75,7 @@ def _experts(recipe: Recipe, on_te: bool) -> dict[str, Any]:
 
 
 def transformer_config(recipe: Recipe, *, on_cpu: bool, meta: bool = False) -> HolaTransformerConfig:
-    """Everything Megatron needs to know. `meta`: parameters without storage (counting, planning)."""
+    """The TransformerConfig of a recipe. `meta`: parameters without storage (counting, planning)."""
     model, train, parallel = recipe.model, recipe.train, recipe.parallel
     dtype = torch.bfloat16 if train.precision == "bf16" else torch.float32
     full = train.recompute == "full"
@@ -83,15 +83,14 @@ def transformer_config(recipe: Recipe, *, on_cpu: bool, meta: bool = False) -> H
     if not meta:
         check_fp8(recipe)
     fp8_recipe, fp8_format = FP8_RECIPES[recipe.fp8.recipe or "delayed"]
-    has_attention = "A" in model.layer_kinds
-    heads = model.attention_heads if has_attention else model.heads
+    first = model.layer_kinds[0]  # Megatron knows one number of heads; our mixers know their own
     return HolaTransformerConfig(
         **_experts(recipe, on_te),
         recipe_model=model,
         num_layers=model.layers,
         hidden_size=model.hidden_size,
-        num_attention_heads=heads,
-        kv_channels=model.hidden_size // model.attention_heads if has_attention else model.key_dim,
+        num_attention_heads=first.heads(model),
+        kv_channels=first.head_width(model),
         ffn_hidden_size=model.mlp_hidden_size,
         normalization="RMSNorm",
         layernorm_epsilon=model.norm_eps,

@@ -1,4 +1,4 @@
-"""Layer specs: which modules a layer of each kind is made of, and which layers a rank builds."""
+"""Megatron layer specs: the modules of a layer of each kind, and the layers of a rank."""
 
 from __future__ import annotations
 
@@ -19,55 +19,53 @@ from megatron.core.transformer.transformer_layer import (
 )
 from torch import nn
 
+from hola_megatron.layers.mixer import MixerSubmodules
+from hola_megatron.layers.spec import LayerKind
 from hola_megatron.model.activation import SwiGLU
 from hola_megatron.model.config import HolaTransformerConfig, choose_spec
-from hola_megatron.model.mixer import AttentionMixer, DeltaMixer, MixerSubmodules
 from hola_megatron.model.norm import RMSNorm, RMSNormWithResidual
 
 
 def block_spec(config: HolaTransformerConfig, pipeline_rank: int, vp_stage: int | None) -> TransformerBlockSubmodules:
     """The layers this pipeline rank (and model chunk) builds, each of its kind, and the final norm."""
-    kind, _ = choose_spec(config.recipe_model)
+    linears, _ = choose_spec(config.recipe_model)
     count = get_num_layers_to_build(config, vp_stage=vp_stage, pp_rank=pipeline_rank)
     first = get_transformer_layer_offset(config, vp_stage=vp_stage, pp_rank=pipeline_rank)
-    letters = config.recipe_model.layer_kinds[first: first + count]
+    kinds = config.recipe_model.layer_kinds[first: first + count]
     experts = config.recipe_model.moe.experts
     return TransformerBlockSubmodules(
-        layer_specs=[layer_spec(letter, kind, experts) for letter in letters], layer_norm=RMSNorm)
+        layer_specs=[layer_spec(kind, linears, experts) for kind in kinds], layer_norm=RMSNorm)
 
 
-def layer_spec(letter: str, kind: str = "local", experts: int | None = None) -> ModuleSpec:
-    """One layer: H HOLA, G Gated DeltaNet, A softmax attention; kind "local" or "te"; experts: None for one MLP."""
-    column, row = _linears(kind)
-    mixers = {"H": (DeltaMixer, {"exact_cache": True}), "G": (DeltaMixer, {"exact_cache": False}),
-              "A": (AttentionMixer, {})}
-    module, params = mixers[letter]
+def layer_spec(kind: LayerKind, linears: str = "local", experts: int | None = None) -> ModuleSpec:
+    """One layer of a kind; linears "local" (Megatron's) or "te"; experts: None for one MLP."""
+    column, row = _linears(linears)
     return ModuleSpec(module=TransformerLayer, submodules=TransformerLayerSubmodules(
         input_layernorm=RMSNormWithResidual,
-        self_attention=ModuleSpec(module=module, params=params,
+        self_attention=ModuleSpec(module=kind.mixer(), params={"kind": kind},
                                   submodules=MixerSubmodules(in_proj=column, out_proj=row)),
         self_attn_bda=get_bias_dropout_add,
         pre_mlp_layernorm=RMSNormWithResidual,
-        mlp=_experts(kind, experts) if experts else partial(
+        mlp=_experts(linears, experts) if experts else partial(
             MLP.as_mlp_submodule,
             submodules=MLPSubmodules(linear_fc1=column, linear_fc2=row, activation_func=SwiGLU)),
         mlp_bda=get_bias_dropout_add,
     ))
 
 
-def _experts(kind: str, experts: int) -> Callable[..., nn.Module]:
+def _experts(linears: str, experts: int) -> Callable[..., nn.Module]:
     """Megatron's MoE layer: its experts one after the other, or Transformer Engine's grouped products."""
-    if kind == "local":
+    if linears == "local":
         backend = LocalSpecProvider()
     else:
         from megatron.core.extensions.transformer_engine_spec_provider import TESpecProvider
 
         backend = TESpecProvider()
-    return get_moe_module_spec_for_backend(backend=backend, num_experts=experts, moe_grouped_gemm=kind == "te")
+    return get_moe_module_spec_for_backend(backend=backend, num_experts=experts, moe_grouped_gemm=linears == "te")
 
 
-def _linears(kind: str) -> tuple[type, type]:
-    if kind == "local":
+def _linears(linears: str) -> tuple[type, type]:
+    if linears == "local":
         return ColumnParallelLinear, RowParallelLinear
     from megatron.core.extensions.transformer_engine import TEColumnParallelLinear, TERowParallelLinear
 

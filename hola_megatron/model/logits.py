@@ -1,27 +1,28 @@
-"""What logits cost, and how many are made at once under `train.logits_budget_gb`. No torch: plan asks too."""
+"""Memory of the logits, and the chunk size of the loss under `train.logits_budget_gb`. Imports without torch."""
 
 from __future__ import annotations
 
 import math
 
 GB = 1e9
-ROWS = 64  # pieces are multiples of this many tokens, where the budget allows one
+ROWS = 64  # chunks are multiples of this many tokens, where the budget allows it
 
 
 def logits_copies(number: int, transformer_engine: bool) -> float:
-    """How much the uncut loss holds at once, in copies of the logits; number: bytes of one logit.
+    """Peak memory of the unchunked loss, in copies of the logits. number: bytes of one logit.
 
-    Transformer Engine's keeps the logits and their gradient; Megatron's own works on a float32 copy, if they are not.
+    Transformer Engine's loss has the logits and their gradient; Megatron's own makes a float32 copy of 16-bit logits.
     """
     if transformer_engine:
         return 2.0
     return 1.0 if number == 4 else 1.0 + 4 / number
 
 
-def piece_rows(tokens: int, columns: int, number: int, copies: float, budget_gb: float | None) -> int | None:
-    """Tokens whose logits are made at once; None: all of them, by the uncut loss, which fits the budget.
+def chunk_rows(tokens: int, columns: int, number: int, copies: float, budget_gb: float | None) -> int | None:
+    """Tokens per chunk of the loss; None: not chunked, since all logits fit the budget.
 
-    tokens and columns: of one rank's logits. A piece holds its logits once: the gradient is written over them.
+    tokens, columns: of one rank's logits. number: bytes of one logit. copies: as from `logits_copies`. budget_gb: of
+    all logits, in GB. A chunk needs its logits once: the gradient overwrites them.
     """
     size = tokens * columns * number
     if budget_gb is None or copies * size <= budget_gb * GB:

@@ -1,10 +1,10 @@
-"""Output projection and cross-entropy a piece of tokens at a time: logits of all tokens are never there at once.
+"""Output projection and cross-entropy in chunks of tokens: the logits of all tokens never exist at once.
 
-    each piece:  logits = h W^T  ->  losses, and d logits written over them  ->  dh = d logits W, dW += d logits^T h
+    each chunk:  logits = h W^T  ->  losses, and d logits in place  ->  dh = d logits W, dW += d logits^T h
 
-The gradients are made in the forward pass, while a piece's logits exist, so that no product is computed twice: the mask
-says what each loss weighs in the sum that is returned, and backward only multiplies by the gradient of that sum. Over
-tensor ranks each holds its rows of W; ranks exchange three numbers a token (softmax_statistics).
+Gradients are computed in the forward pass, while a chunk's logits exist, so that no product is computed twice. The mask
+is the weight of each loss in the returned sum; backward multiplies by the gradient of that sum. Tensor ranks have
+shards of W and exchange three numbers per token (softmax_statistics).
 
 M tokens (rows and positions together), D width, V rows of W on this rank.
 """
@@ -22,14 +22,18 @@ from megatron.core.tensor_parallel.mappings import (
 from torch import Tensor
 
 from hola_kernels.cross_entropy import cross_entropy_, cross_entropy_gradient_, softmax_statistics
+from hola_kernels.stages import first_order
 
 
 def summed_loss(*, hidden: Tensor, weight: Tensor, labels: Tensor, mask: Tensor, rows: int, group: dist.ProcessGroup,
                 sequence_parallel: bool, backend: str = "auto") -> Tensor:
-    """Sum of mask * cross-entropy over all tokens, float32 (float64 in a float64 model), the same on all tensor ranks.
+    """Sum of mask * cross-entropy over all tokens, float32 (float64 in a float64 model), equal on all tensor ranks.
 
-    hidden [S, B, D], S cut over the ranks of `group` under sequence parallelism; weight [V, D]: this rank's rows of the
-    output projection; labels, mask [B, S]; rows: tokens whose logits are made at once.
+    hidden: [S, B, D]; under sequence parallelism S is sharded over `group`.
+    weight: [V, D], this rank's rows of the output projection.
+    labels, mask: [B, S] int64, float32.
+    rows: tokens per chunk.
+    group: tensor ranks.
     """
     if sequence_parallel:
         hidden = gather_from_sequence_parallel_region(hidden, group=group)
@@ -42,26 +46,30 @@ def summed_loss(*, hidden: Tensor, weight: Tensor, labels: Tensor, mask: Tensor,
 class _SummedLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden_MD: Tensor, weight_VD: Tensor, labels_M: Tensor, mask_M: Tensor, rows: int,
-                group: dist.ProcessGroup, backend: str, learning: bool) -> Tensor:
-        pieces = [slice(begin, begin + rows) for begin in range(0, len(hidden_MD), rows)]
+                group: dist.ProcessGroup, backend: str, needs_grad: bool) -> Tensor:
+        chunks = [slice(start, start + rows) for start in range(0, len(hidden_MD), rows)]
         losses = []
-        if learning:
+        if needs_grad:
             dhidden_MD = torch.empty_like(hidden_MD)
-            wide = torch.promote_types(weight_VD.dtype, torch.float32) if len(pieces) > 1 else weight_VD.dtype
-            dweight_VD = torch.zeros(weight_VD.shape, dtype=wide, device=weight_VD.device)
-        for piece in pieces:
-            logits = hidden_MD[piece] @ weight_VD.t()
-            losses.append(_losses_(logits, labels_M[piece], mask_M[piece] if learning else None, group, backend))
-            if learning:
-                torch.mm(logits, weight_VD, out=dhidden_MD[piece])
-                dweight_VD += logits.t() @ hidden_MD[piece]
-            del logits  # before the next piece's are made
-        if learning:
+            accumulate_dtype = weight_VD.dtype
+            if len(chunks) > 1:
+                accumulate_dtype = torch.promote_types(weight_VD.dtype, torch.float32)
+            dweight_VD = torch.zeros(weight_VD.shape, dtype=accumulate_dtype, device=weight_VD.device)
+        for chunk in chunks:
+            logits = hidden_MD[chunk] @ weight_VD.t()
+            losses.append(_losses_(logits, labels_M[chunk], mask_M[chunk] if needs_grad else None, group, backend))
+            if needs_grad:
+                torch.mm(logits, weight_VD, out=dhidden_MD[chunk])
+                dweight_VD += logits.t() @ hidden_MD[chunk]
+            del logits  # freed before the next chunk's are allocated
+        if needs_grad:
             ctx.gradients = dhidden_MD, dweight_VD.to(weight_VD.dtype)
         every = torch.cat(losses)
-        return (every * mask_M.to(every.dtype)).sum()
+        # where, not a product with zero: the loss of a masked token may be NaN
+        return torch.where(mask_M != 0, every * mask_M.to(every.dtype), 0.0).sum()
 
     @staticmethod
+    @first_order
     def backward(ctx: Any, dtotal: Tensor) -> tuple[Tensor | None, ...]:
         (dhidden_MD, dweight_VD), ctx.gradients = ctx.gradients, None
         return dhidden_MD.mul_(dtotal), dweight_VD.mul_(dtotal), None, None, None, None, None, None

@@ -1,17 +1,15 @@
-"""Every parameter under its public name, whatever the parallel layout.
+"""Every parameter under its public name, independent of the parallel layout.
 
-A rank holds slices: of heads (tensor parallel), of layers (pipeline), and several logical
-tensors fused into one (the input projection holds q, k, v, gate, a and b one after the
-other). `pieces` undoes all of that: it lists, for each slice this rank holds, the public
-name, the whole tensor's shape, and where the slice lies in it. Initialisation, counting,
-checkpoints and export all use this one list, so they cannot disagree, and none of them
-knows about parallelism. Public names are those of the exported Hugging Face model.
+A rank has shards: of heads (tensor parallel), of layers (pipeline), and fused parameters that concatenate several
+logical tensors (the input projection: q, k, v, gate, a and b). `param_shards` lists, for each shard of this rank, the
+public name, the logical tensor's shape and the shard's offset. Initialisation, counting, checkpoints and export use
+this list only, so they are consistent and independent of parallelism. Public names are those of the exported Hugging
+Face model.
 """
 
 from __future__ import annotations
 
 import hashlib
-import math
 import os
 import re
 from collections.abc import Iterator
@@ -21,7 +19,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from hola_megatron.config import ModelConfig
+from hola_megatron.layers.initial import normal, ones
+from hola_megatron.layers.mixer import Section
+from hola_megatron.layers.spec import Initial, Parameter
+from hola_megatron.recipe.schema import ModelConfig
 
 RENAME = {
     "embedding.word_embeddings.weight": "model.embed_tokens.weight",
@@ -31,10 +32,6 @@ RENAME = {
 LAYER_RENAME = {
     "input_layernorm.weight": "mixer_norm.weight",
     "pre_mlp_layernorm.weight": "mlp_norm.weight",
-    "self_attention.in_proj.weight": "mixer.{}_proj.weight",
-    "self_attention.conv_weight": "mixer.{}_conv.weight",
-    "self_attention.out_proj.weight": "mixer.o_proj.weight",
-    "self_attention.o_norm": "mixer.o_norm.weight",
     "mlp.linear_fc1.weight": "mlp.{}_proj.weight",
     "mlp.linear_fc2.weight": "mlp.down_proj.weight",
 }
@@ -44,20 +41,12 @@ EXPERT_NAMES = (re.compile(r"mlp\.experts\.local_experts\.(?P<at>\d+)\.(?P<linea
 
 
 @dataclass(frozen=True)
-class Section:
-    """A logical tensor inside a fused parameter: `rows` of it on this rank, along axis 0."""
+class ParamShard:
+    """A shard of one logical tensor on this rank.
 
-    name: str
-    rows: int
-
-
-@dataclass(frozen=True)
-class Piece:
-    """One slice of one logical tensor, held by this rank.
-
-    The slice is `parameter.narrow(0, start, rows)` and is `whole[offset: offset + rows]` along
-    `axis` of the logical tensor of `shape`. `replica`: another rank of this model copy holds the
-    same slice and counts as its owner (replicated over tensor ranks, or a tied embedding's copy).
+    The shard is `parameter.narrow(0, start, rows)`, and `[offset: offset + rows]` along `axis` of the logical tensor of
+    `shape`. `replica`: another rank of this model copy owns the same shard (replicated over tensor ranks, or a copy of
+    a tied embedding).
     """
 
     name: str
@@ -71,7 +60,7 @@ class Piece:
 
     @property
     def is_expert(self) -> bool:
-        """Held by one expert-parallel rank, whole."""
+        """Whether it is an expert's: whole on one expert-parallel rank."""
         return ".mlp.experts." in self.name
 
     @property
@@ -85,32 +74,32 @@ class Piece:
         return self.rows if self.axis == 0 else self.parameter.shape[self.axis]
 
     def of(self, local: Tensor) -> Tensor:
-        """The slice of a tensor shaped like the parameter (the parameter itself, or optimizer state)."""
+        """The shard of a tensor shaped like the parameter (the parameter itself, or optimizer state), a view."""
         return local.narrow(0, self.start, self.rows) if self.axis == 0 else local
 
-    def cut(self, whole: Tensor) -> Tensor:
-        """This rank's slice of the whole logical tensor."""
+    def slice(self, whole: Tensor) -> Tensor:
+        """This rank's shard of the whole logical tensor, a view."""
         return whole.narrow(self.axis, self.offset, self._length)
 
 
-def pieces(model_chunks: list[nn.Module], tensor_rank: int, tensor: int) -> list[Piece]:
-    """All slices held by this rank, in a fixed order; tied embeddings appear once a rank."""
-    found: list[Piece] = []
+def param_shards(model_chunks: list[nn.Module], tensor_rank: int, tensor: int) -> list[ParamShard]:
+    """All shards of this rank, in a fixed order; a tied embedding appears once per rank."""
+    found: list[ParamShard] = []
     for chunk in map(unwrapped, model_chunks):
         for name, parameter in chunk.named_parameters():
             copied = name == "output_layer.weight" and chunk.share_embeddings_and_output_weights
-            found += _pieces_of(_public_name(name, chunk), parameter, copied, tensor_rank, tensor)
+            found += _shards_of(_parameter_name(name, chunk), parameter, copied, tensor_rank, tensor)
     return found
 
 
 def unwrapped(chunk: nn.Module) -> nn.Module:
-    """The model inside what an engine wraps around it."""
+    """The model without the engine's wrapper."""
     return getattr(chunk, "module", chunk)
 
 
 def _public_name(name: str, chunk: nn.Module) -> str:
     if name in RENAME:
-        # a pipeline's last stage holds a copy of a tied embedding under the output layer's name
+        # a pipeline's last stage has a copy of a tied embedding under the output layer's name
         tied = name == "output_layer.weight" and chunk.share_embeddings_and_output_weights
         return RENAME["embedding.word_embeddings.weight" if tied else name]
     _, _, local, rest = name.split(".", 3)  # decoder.layers.N.rest
@@ -123,13 +112,20 @@ def _public_name(name: str, chunk: nn.Module) -> str:
     return f"model.layers.{layer}.{short}"
 
 
+def _parameter_name(name: str, chunk: nn.Module) -> str:
+    """The public name, with {} where the sections of a fused parameter put theirs."""
+    public = _public_name(name, chunk)
+    layer, mixer, _ = public.partition(".mixer.")
+    return f"{layer}{mixer}{{}}" if mixer else public  # a mixer's sections have their whole names (layers/spec.py)
+
+
 def public_module_name(name: str, chunk: nn.Module) -> str:
     """A linear of a model chunk as checkpoints name it: model.layers.N.mixer.in_proj."""
     return _public_name(f"{name}.", chunk).removesuffix(".")
 
 
-def place_name(module_name: str, chunk: nn.Module) -> str:
-    """A module of a model chunk in the words of a report: the layer's number in the whole model, and the part."""
+def module_label(module_name: str, chunk: nn.Module) -> str:
+    """A module of a model chunk as named in reports: the layer's number in the whole model, and the submodule."""
     if not module_name.startswith("decoder.layers."):
         return module_name
     _, _, local, *rest = module_name.split(".", 3)
@@ -137,7 +133,7 @@ def place_name(module_name: str, chunk: nn.Module) -> str:
     return ".".join([f"layer {layer}", *rest]).replace("self_attention", "mixer")
 
 
-def _pieces_of(name: str, parameter: nn.Parameter, copied: bool, tensor_rank: int, tensor: int) -> Iterator[Piece]:
+def _shards_of(name: str, parameter: nn.Parameter, copied: bool, tensor_rank: int, tensor: int) -> Iterator[ParamShard]:
     is_expert = ".mlp.experts." in name  # whole, and by its marks cut over tensor ranks as any linear's weight
     split = getattr(parameter, "tensor_model_parallel", False) and tensor > 1 and not is_expert
     axis = parameter.partition_dim if split else 0
@@ -149,50 +145,53 @@ def _pieces_of(name: str, parameter: nn.Parameter, copied: bool, tensor_rank: in
         shape = [section.rows, *parameter.shape[1:]]
         offset = rank * shape[axis]
         shape[axis] *= ranks
-        yield Piece(name.format(section.name), parameter, start, section.rows, axis, offset, tuple(shape), replica)
+        yield ParamShard(name.format(section.name), parameter, start, section.rows, axis, offset, tuple(shape), replica)
         start += section.rows
 
 
 @torch.no_grad()
 def initialize(model_chunks: list[nn.Module], config: ModelConfig, seed: int, tensor_rank: int, tensor: int) -> None:
-    """Give every parameter its start value.
+    """Set every parameter's initial value.
 
     Each logical tensor is drawn whole from a generator seeded by (seed, public name), so the
     start is the same at any parallel layout. Source: method, "Initialisation as in GDN". Drawn by several threads: one
     draws 130 million numbers a second, and every tensor has its own generator.
     """
-    def draw(piece: Piece) -> None:
-        piece.of(piece.parameter.data).copy_(piece.cut(_start_value(piece, config, seed)))
+    initials = initial_functions(config)
+
+    def draw(shard: ParamShard) -> None:
+        shard.of(shard.parameter.data).copy_(initial_value(shard, initials, config, seed))
 
     with ThreadPoolExecutor(_threads()) as pool:
-        list(pool.map(draw, pieces(model_chunks, tensor_rank, tensor)))  # raises what a thread raised
+        list(pool.map(draw, param_shards(model_chunks, tensor_rank, tensor)))  # raises what a thread raised
 
 
 def _threads() -> int:
-    """This rank's share of the cores, at most 8: each holds a whole tensor in float32."""
+    """Threads for this rank, at most 8: each allocates a whole tensor in float32."""
     return max(1, min(8, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
 
 
-def _start_value(piece: Piece, config: ModelConfig, seed: int) -> Tensor:
-    digest = hashlib.sha256(f"{seed}/{piece.name}".encode()).digest()
+def initial_value(shard: ParamShard, initials: dict[str, Initial], config: ModelConfig, seed: int) -> Tensor:
+    """This rank's shard of a tensor's initial value, float32 on the CPU. initials: `initial_functions`."""
+    digest = hashlib.sha256(f"{seed}/{shard.name}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
-    last = piece.name.rpartition(".")[2] if not piece.name.endswith(".weight") else piece.name.split(".")[-2]
-    shape = piece.shape
+    initial = initials.get(shard.name, ones if shard.name.endswith("norm.weight") else normal)
+    return shard.slice(initial(shard.shape, generator, config))
 
-    def uniform(low: float, high: float) -> Tensor:
-        return torch.rand(shape, generator=generator) * (high - low) + low
 
-    if last.endswith("norm") or last in ("gamma_q", "gamma_k"):
-        return torch.ones(shape)
-    if last == "A_log":
-        return uniform(0.0, 16.0).clamp_min(1e-4).log()
-    if last == "dt_bias":
-        dt = uniform(math.log(1e-3), math.log(0.1)).exp().clamp_min(1e-4)
-        return dt + torch.log(-torch.expm1(-dt))  # inverse of softplus
-    if last == "gate":
-        return torch.full(shape, config.cache.gate_init)
-    if last == "sink":
-        return torch.zeros(shape)
-    if last.endswith("_conv"):
-        return uniform(-1.0, 1.0) / math.sqrt(config.conv_width)  # as nn.Conv1d starts a depthwise convolution
-    return torch.randn(shape, generator=generator) * config.init_std
+def initial_functions(config: ModelConfig) -> dict[str, Initial]:
+    """Initialisation of the mixers' tensors, by public name; other norms are one, other matrices normal."""
+    return {name: row.init for name, row in _mixer_rows(config)}
+
+
+def exact_cache_names(config: ModelConfig) -> set[str]:
+    """Public names of the exact caches' tensors: a checkpoint without caches lacks these alone."""
+    projections = {f"model.layers.{layer}.mixer.{name}_proj.weight"
+                   for layer, kind in enumerate(config.layer_kinds) for name in kind.further_projections(config)}
+    return projections | {name for name, row in _mixer_rows(config) if row.part == "exact_cache"}
+
+
+def _mixer_rows(config: ModelConfig) -> Iterator[tuple[str, Parameter]]:
+    for layer, kind in enumerate(config.layer_kinds):
+        for row in kind.parameters(config):
+            yield f"model.layers.{layer}.mixer.{row.name}", row

@@ -1,12 +1,12 @@
-"""The collectives of context parallelism, thin over torch.distributed: NCCL and gloo, sync and async, counted.
+"""Collectives of context parallelism on torch.distributed (NCCL and gloo), synchronous and asynchronous, with counters.
 
-    gather        all-gather of one tensor, started now, waited for later; no gradient of its own
-    start_reduce_scatter, start_shift      the same for a reduce-scatter, and a message to a neighbour
-    Gather        all-gather whose gradient returns by reduce-scatter
-    LeaveRight, ArriveLeft                 every rank's tensor to its right neighbour; the gradient returns to the left
+    gather                               asynchronous all-gather, not differentiable
+    start_reduce_scatter, start_shift    asynchronous reduce-scatter; asynchronous send to a neighbour
+    Gather                               all-gather; backward is a reduce-scatter
+    SendRight, ReceiveLeft               send to the right neighbour; backward sends the gradient to the left
 
-Ranks must meet in the same order forward and backward. So every rank calls every one of them, also
-where it has nothing to send or does not look at what it gets, and keeps it in its autograd graph.
+All ranks must call these in the same order, forward and backward. So every rank calls each of them and keeps it in its
+autograd graph, also where it sends nothing or does not use the result.
 """
 
 from __future__ import annotations
@@ -20,10 +20,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from hola_kernels.stages import first_order
+from hola_megatron.parallel.waiting import waiting_for_ranks
+
 
 @dataclass(frozen=True)
 class Sent:
-    """One collective as one rank saw it. payload: bytes it contributes; received: bytes that reach it from others."""
+    """One collective on one rank. payload: bytes that it contributes; received: bytes that it gets from other ranks."""
 
     kind: str
     what: str
@@ -36,7 +39,7 @@ _open_logs: list[list[Sent]] = []
 
 @contextmanager
 def counted() -> Iterator[list[Sent]]:
-    """While open, every collective of this module that this process issues is appended to the list."""
+    """Record every collective of this module that this process issues inside the context."""
     log: list[Sent] = []
     _open_logs.append(log)
     try:
@@ -51,11 +54,12 @@ def _count(kind: str, what: str, payload: int, received: int) -> None:
 
 
 class Pending:
-    """A message under way. `wait` returns what has come; the current stream waits for it, not the host."""
+    """Handle of an asynchronous collective. `wait` returns its result: the current stream waits, the host does not."""
 
     def __init__(self, received: Tensor, works: list[dist.Work], sent: Tensor):
-        self._received, self._works, self._sent = received, works, sent  # kept until it has left
+        self._received, self._works, self._sent = received, works, sent  # the input must live until it was sent
 
+    @waiting_for_ranks()
     def wait(self) -> Tensor:
         for work in self._works:
             work.wait()
@@ -64,16 +68,16 @@ class Pending:
 
 
 def gather(x: Tensor, group: dist.ProcessGroup, what: str) -> Pending:
-    """Start the all-gather of x, the same shape on every rank: [ranks, *shape], in their order; no gradient."""
+    """Start the all-gather of x, which has the same shape on every rank: [ranks, *shape]; not differentiable."""
     x = x.detach().contiguous()
     size = group.size()
-    everyone = x.new_empty(size, *x.shape)
+    gathered = x.new_empty(size, *x.shape)
     _count("all-gather", what, x.nbytes, x.nbytes * (size - 1))
-    return Pending(everyone, [_all_gather()(everyone.view(-1), x.view(-1), group=group, async_op=True)], x)
+    return Pending(gathered, [_all_gather()(gathered.view(-1), x.view(-1), group=group, async_op=True)], x)
 
 
 class Gather(torch.autograd.Function):
-    """x [...] -> [ranks, ...]; the gradients of all ranks for this rank's x are summed in float32 (float64)."""
+    """All-gather x [...] -> [ranks, ...]; backward sums the ranks' gradients in float32 (float64 for float64 input)."""
 
     @staticmethod
     def forward(ctx, x: Tensor, group: dist.ProcessGroup, what: str) -> Tensor:
@@ -81,78 +85,82 @@ class Gather(torch.autograd.Function):
         return gather(x, group, what).wait()
 
     @staticmethod
+    @first_order
     def backward(ctx, dall: Tensor) -> tuple[Tensor, None, None]:
         return reduce_scatter(dall, ctx.group, ctx.what).to(ctx.dtype), None, None
 
 
-def reduce_scatter(all_parts: Tensor, group: dist.ProcessGroup, what: str) -> Tensor:
-    """[ranks, ...] -> this rank's part, summed over the ranks in float32 (float64)."""
-    return start_reduce_scatter(all_parts, group, what).wait()
+def reduce_scatter(x: Tensor, group: dist.ProcessGroup, what: str) -> Tensor:
+    """x [ranks, ...] -> this rank's shard [...], summed over the ranks in float32 (float64 for float64 input)."""
+    return start_reduce_scatter(x, group, what).wait()
 
 
-def start_reduce_scatter(all_parts: Tensor, group: dist.ProcessGroup, what: str) -> Pending:
-    """`reduce_scatter`, started now and waited for later."""
-    all_parts = all_parts.to(torch.promote_types(all_parts.dtype, torch.float32)).contiguous()
-    part = torch.empty_like(all_parts[0])
-    _count("reduce-scatter", what, all_parts.nbytes, part.nbytes * (group.size() - 1))
-    work = _reduce_scatter()(part.view(-1), all_parts.view(-1), group=group, async_op=True)
-    return Pending(part, [work], all_parts)
+def start_reduce_scatter(x: Tensor, group: dist.ProcessGroup, what: str) -> Pending:
+    """`reduce_scatter`, asynchronous."""
+    x = x.to(torch.promote_types(x.dtype, torch.float32)).contiguous()
+    shard = torch.empty_like(x[0])
+    _count("reduce-scatter", what, x.nbytes, shard.nbytes * (group.size() - 1))
+    work = _reduce_scatter()(shard.view(-1), x.view(-1), group=group, async_op=True)
+    return Pending(shard, [work], x)
 
 
 @dataclass
-class Shifting:
-    """One exchange with the neighbours, in its forward pass and then in its backward pass."""
+class NeighbourExchange:
+    """The message in flight of a `SendRight` and `ReceiveLeft` pair, in the forward and then in the backward pass."""
 
     group: dist.ProcessGroup
     what: str
     pending: Pending | None = None
 
 
-class LeaveRight(torch.autograd.Function):
-    """x [N, T, D] itself, its last tokens' first columns on their way to the right neighbour; and an empty tensor.
+class SendRight(torch.autograd.Function):
+    """Identity of x [N, T, D] that starts to send the first columns of the last tokens to the right neighbour.
 
-    The latter goes to `ArriveLeft`. What is computed between the two, forward and backward, runs while the message
-    travels. Backward adds what came back in place: a gradient of its own would be one more pass over all of x.
+    Returns x and an empty tensor, the input of `ReceiveLeft`. What is computed between the two, forward and backward,
+    overlaps with the message. Backward adds the received gradient in place: a separate gradient would cost one more
+    pass over all of x.
     """
 
     @staticmethod
-    def forward(ctx, x: Tensor, tokens: int, columns: int, shifting: Shifting) -> tuple[Tensor, Tensor]:
-        ctx.last, ctx.shifting = (slice(None), slice(x.shape[1] - tokens, None), slice(columns)), shifting
-        shifting.pending = start_shift(x[ctx.last], 1, shifting.group, shifting.what)
+    def forward(ctx, x: Tensor, tokens: int, columns: int, exchange: NeighbourExchange) -> tuple[Tensor, Tensor]:
+        ctx.last, ctx.exchange = (slice(None), slice(x.shape[1] - tokens, None), slice(columns)), exchange
+        exchange.pending = start_shift(x[ctx.last], 1, exchange.group, exchange.what)
         return x.view_as(x), x.new_empty(0)
 
     @staticmethod
+    @first_order
     def backward(ctx, dx: Tensor, _: Tensor) -> tuple[Tensor, None, None, None]:
-        dx[ctx.last] += ctx.shifting.pending.wait()
+        dx[ctx.last] += ctx.exchange.pending.wait()
         return dx, None, None, None
 
 
-class ArriveLeft(torch.autograd.Function):
-    """What the left neighbour gave (zeros on the first rank); backward starts to send its gradient back."""
+class ReceiveLeft(torch.autograd.Function):
+    """The tensor from the left neighbour (zeros on the first rank); backward starts to send its gradient back."""
 
     @staticmethod
-    def forward(ctx, sent: Tensor, shifting: Shifting) -> Tensor:
-        ctx.shifting = shifting
-        return shifting.pending.wait()
+    def forward(ctx, sent: Tensor, exchange: NeighbourExchange) -> Tensor:
+        ctx.exchange = exchange
+        return exchange.pending.wait()
 
     @staticmethod
+    @first_order
     def backward(ctx, dy: Tensor) -> tuple[Tensor, None]:
-        shifting = ctx.shifting
-        shifting.pending = start_shift(dy, -1, shifting.group, shifting.what)
+        exchange = ctx.exchange
+        exchange.pending = start_shift(dy, -1, exchange.group, exchange.what)
         return dy.new_empty(0), None
 
 
 def shift(x: Tensor, step: int, group: dist.ProcessGroup, what: str) -> Tensor:
-    """Send x `step` ranks to the right and return what came from there; zeros where nobody sends."""
+    """Send x `step` ranks to the right; returns the tensor received from `step` ranks to the left, zeros if none."""
     return start_shift(x, step, group, what).wait()
 
 
 def start_shift(x: Tensor, step: int, group: dist.ProcessGroup, what: str) -> Pending:
-    """`shift`, started now and waited for later."""
+    """`shift`, asynchronous."""
     rank, size = group.rank(), group.size()
     x, received = x.detach().contiguous(), torch.zeros_like(x, memory_format=torch.contiguous_format)
     sends, receives = 0 <= rank + step < size, 0 <= rank - step < size
-    # bytes: gloo knows no point-to-point bfloat16
+    # as bytes: gloo has no point-to-point bfloat16
     operations = [(dist.isend, as_bytes(x), rank + step)] * sends
     operations += [(dist.irecv, as_bytes(received), rank - step)] * receives
     _count("shift", what, x.nbytes * sends, received.nbytes * receives)
@@ -162,7 +170,7 @@ def start_shift(x: Tensor, step: int, group: dist.ProcessGroup, what: str) -> Pe
 
 
 def as_bytes(x: Tensor) -> Tensor:
-    """The memory of a contiguous tensor as one row of bytes."""
+    """A contiguous tensor as a uint8 vector, a view."""
     return x.view(-1).view(torch.uint8)
 
 

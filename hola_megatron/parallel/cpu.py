@@ -1,10 +1,9 @@
 """The only place that adapts Megatron-core to a machine without CUDA.
 
-Megatron-core has no supported CPU path: it asks the CUDA runtime for devices, streams and
-generators even when every tensor is on the CPU. Each function below removes one such
-obstacle, says which, and is applied only where `torch.cuda.is_available()` is false.
-Written for megatron-core 0.19; all are process-wide, so entry points call
-`adapt_to_cpu()` once, before the first Megatron import that matters.
+Megatron-core does not support the CPU: it uses devices, streams and generators of the CUDA runtime even when every
+tensor is on the CPU. Each function below replaces one such use, named in its docstring, and is applied only where
+`torch.cuda.is_available()` is false. Written for megatron-core 0.19. All replacements are process-wide: entry points
+call `adapt_to_cpu()` once, before they build Megatron modules.
 """
 
 from __future__ import annotations
@@ -52,7 +51,7 @@ def synchronize() -> None:
 
 
 def tensor_cuda() -> None:
-    """A few places move tensors by .cuda()."""
+    """Some functions move tensors by .cuda()."""
     torch.Tensor.cuda = lambda self, *args, **kwargs: self
 
 
@@ -74,7 +73,7 @@ def factories() -> None:
 
 
 def streams() -> None:
-    """DDP asks for the current stream and records events whatever the device."""
+    """DDP uses the current stream and events on every device."""
 
     class NoStream:
         priority = 0
@@ -99,7 +98,7 @@ def streams() -> None:
 
 
 def fused_optimizer() -> None:
-    """Clipping and Adam take Transformer Engine's CUDA kernels wherever that package can be imported."""
+    """Clipping and Adam use Transformer Engine's CUDA kernels where that package can be imported."""
     import megatron.core.optimizer as optimizers
     from megatron.core import utils
     from megatron.core.optimizer import clip_grads, optimizer
@@ -113,14 +112,14 @@ def fused_optimizer() -> None:
 
 
 def expert_router() -> None:
-    """The router takes Transformer Engine's matrix product wherever that package can be imported."""
+    """The router uses Transformer Engine's matrix product where that package can be imported."""
     import megatron.core.transformer.moe.moe_utils as moe_utils
 
     moe_utils.te_general_gemm = None
 
 
 def expert_splits() -> None:
-    """Experts' tokens are sent in parts whose sizes must be numbers; only a CUDA tensor of sizes is made into them."""
+    """all_to_all needs split sizes on the host; the token dispatcher copies them from CUDA tensors only."""
     import megatron.core.transformer.moe.token_dispatcher as dispatcher
 
     move = dispatcher.maybe_move_tensor_to_cpu

@@ -4,5 +4,5 @@
     activations.py   what one layer keeps for its backward pass, term by term, read off the code that saves it
     memory.py        a rank's peak by part, for every pipeline stage
     layouts.py       other layouts, when the recipe's own does not fit
-    estimate.py      all of it for one recipe; report.py says it
+    estimate.py      all estimates of one recipe; report.py prints them
 """

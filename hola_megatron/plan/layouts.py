@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from hola_megatron.config import Recipe
 from hola_megatron.plan.memory import StageMemory, worst_stage
-from hola_megatron.recipe_checks import check_recipe
+from hola_megatron.recipe.checks import check_recipe
+from hola_megatron.recipe.schema import Recipe
 
 GPUS_A_NODE = 8      # choice: tensor ranks talk in every layer and stay within a node
 LONG_TOKENS = 16384  # choice: from this length on the sequence may be cut as well
@@ -20,11 +20,12 @@ FIELDS = (("parallel", "tensor"), ("parallel", "sequence"), ("parallel", "contex
 
 @dataclass(frozen=True)
 class Suggestion:
-    """A changed recipe that fits, the overrides that make it, and its memory."""
+    """A changed recipe that fits, the overrides that make it, its memory, and its predicted speed if there is one."""
 
     recipe: Recipe
     overrides: list[str]
     memory: StageMemory
+    tokens_per_second: float | None = None
 
 
 def suggest(recipe: Recipe, world: int, capacity_bytes: float, count: int = 3) -> list[Suggestion]:
@@ -44,6 +45,18 @@ def suggest(recipe: Recipe, world: int, capacity_bytes: float, count: int = 3) -
             found[kind] = Suggestion(candidate, changed_fields(recipe, candidate), memory)
     ranked = list(found.values())
     return ranked[: count - 1] + ranked[count - 1:][-1:]
+
+
+def fastest(recipe: Recipe, world: int, capacity_bytes: float, speed_of: Callable[[Recipe], float | None],
+            ) -> Suggestion | None:
+    """The layout of the highest predicted speed that fits; None when none does."""
+    allowed = [candidate for candidate in _candidates(recipe)
+               if not check_recipe(candidate, world_size=world) and not _idles(candidate, world)]
+    for candidate in sorted(allowed, key=speed_of, reverse=True):
+        memory = worst_stage(candidate, world)
+        if memory.total <= capacity_bytes:
+            return Suggestion(candidate, changed_fields(recipe, candidate), memory, speed_of(candidate))
+    return None
 
 
 def _has_none(found: dict[tuple[int, str], Suggestion]) -> bool:
@@ -75,8 +88,7 @@ def _idles(recipe: Recipe, world: int) -> bool:
 def _candidates(recipe: Recipe) -> Iterator[Recipe]:
     model, train, parallel = recipe.model, recipe.train, recipe.parallel
     long = train.sequence_length >= LONG_TOKENS or parallel.context > 1
-    heads = {model.heads} if set(model.layer_kinds) & set("HG") else set()
-    heads |= {model.attention_heads} if "A" in model.layer_kinds else set()
+    heads = {kind.heads(model) for kind in model.layer_kinds}
     for tensor in (x for x in _powers(GPUS_A_NODE) if all(n % x == 0 for n in heads)):
         for pipeline in (x for x in range(1, model.layers + 1) if model.layers % x == 0 and x <= 64):
             for context in _powers(64) if long else [1]:

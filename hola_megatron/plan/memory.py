@@ -1,7 +1,7 @@
 """The peak of a rank, by part, at the moment of a step when it is highest.
 
     loss        all layers' saved tensors, and the logits: twice where all are made at once (the loss keeps a copy until
-                the first is freed), or a piece of them and the gradients that grow piece by piece
+                the first is freed), or one chunk of them and the gradients, accumulated over chunks
     backward    all layers' saved tensors, and the working memory of one layer's backward pass
     update      nothing saved; the optimizer's temporaries (Transformer Engine's Adam has none)
 
@@ -12,11 +12,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from hola_megatron.config import Recipe
-from hola_megatron.errors import RecipeError
-from hola_megatron.model.logits import logits_copies, piece_rows
-from hola_megatron.plan.activations import FLOAT32, Share, Term, layer_workspace, saved_by_layer
+from hola_megatron.engine.zero_bucket import bucket_elements
+from hola_megatron.layers.costs import FLOAT32, Share, Term
+from hola_megatron.layers.registry import distinct
+from hola_megatron.model.logits import chunk_rows, logits_copies
+from hola_megatron.plan.activations import layer_workspace, saved_by_layer
 from hola_megatron.plan.parameters import rank_parameters, rank_products, stage_layers
+from hola_megatron.recipe.schema import Recipe
 
 GB = 1e9
 # cuBLAS on Hopper takes 32 MiB a handle: torch has one for the main and one for the autograd thread, TE its own
@@ -31,7 +33,7 @@ PARTS = ("weights", "gradients", "optimizer", "activations", "kernels", "workspa
 
 @dataclass(frozen=True)
 class StageMemory:
-    """One rank of a pipeline stage. parts: bytes at `moment`, the highest of a step; "reserve" is beside tensors."""
+    """One rank of a pipeline stage. parts: bytes at `moment`, the peak of a step; "reserve" is not for tensors."""
 
     stage: int
     moment: str
@@ -49,13 +51,7 @@ class StageMemory:
 
 
 def worst_stage(recipe: Recipe, world: int) -> StageMemory:
-    """The pipeline stage that needs most, on `world` ranks (a number the layout divides).
-
-    RecipeError for another engine than Megatron's.
-    """
-    if recipe.engine != "megatron":
-        raise RecipeError(f"engine: {recipe.engine} is not planned, as it holds other buffers than Megatron's; plan "
-                          "with engine=megatron")
+    """The pipeline stage that needs most, on `world` ranks (a number the layout divides)."""
     return max((stage_memory(recipe, world, stage) for stage in range(recipe.parallel.pipeline)),
                key=lambda memory: memory.total)
 
@@ -68,8 +64,8 @@ def stage_memory(recipe: Recipe, world: int, stage: int) -> StageMemory:
     return StageMemory(stage, name, {part: moments[name].get(part, 0.0) for part in PARTS})
 
 
-def micro_batches_held(recipe: Recipe, world: int, stage: int) -> float:
-    """Micro-batches whose tensors a stage holds at once, each over all its layers (Megatron's 1F1B schedules)."""
+def live_micro_batches(recipe: Recipe, world: int, stage: int) -> float:
+    """Micro-batches whose saved tensors are alive at once on a stage, of all its layers (Megatron's 1F1B schedules)."""
     stages, chunks = recipe.parallel.pipeline, recipe.parallel.virtual_pipeline
     count = recipe.micro_batches(world)
     if chunks == 1:
@@ -80,17 +76,34 @@ def micro_batches_held(recipe: Recipe, world: int, stage: int) -> float:
 
 def _standing(recipe: Recipe, world: int, stage: int) -> dict[str, float]:
     """What is there all the time."""
-    held, number = rank_parameters(recipe, stage), Share(recipe).number
+    if recipe.engine == "deepspeed":
+        return _standing_of_zero(recipe, world, stage)
+    counts, number = rank_parameters(recipe, stage), Share(recipe).number
     master = 0 if recipe.train.precision == "fp32" else FLOAT32
-    experts = (master + 2 * FLOAT32) * held.experts
-    optimizer = master * held.narrow + 2 * FLOAT32 * held.total - experts
+    experts = (master + 2 * FLOAT32) * counts.experts
+    optimizer = master * counts.compute_dtype + 2 * FLOAT32 * counts.total - experts
     if recipe.train.optimizer == "muon":  # one moment of a matrix
         optimizer -= FLOAT32 * rank_products(recipe, stage)
-    # each quantized weight is kept in both directions, for the forward and the backward product, from step to step
+    # each quantized weight is stored in both orientations, for the forward and the backward product, from step to step
     quantized = 2 * rank_products(recipe, stage) if recipe.fp8.recipe else 0
-    return {"weights": held.narrow * number + held.float32 * FLOAT32 + quantized, "gradients": held.total * FLOAT32,
+    return {"weights": counts.compute_dtype * number + counts.float32 * FLOAT32 + quantized,
+            "gradients": counts.total * FLOAT32,
             "optimizer": optimizer / _optimizer_ranks(recipe, world) + experts / _expert_ranks(recipe, world),
             "libraries": CUBLAS_BYTES}
+
+
+def _standing_of_zero(recipe: Recipe, world: int, stage: int) -> dict[str, float]:
+    """The same for DeepSpeed's ZeRO: float32 weights and moments of all parameters, cut over data and context ranks.
+
+    At the update gradients are float32: of all parameters and once more of the rank's part (stage 1), or of that part
+    alone, beside two buckets that are reduced during the backward pass (stage 2).
+    """
+    counts, ranks = rank_parameters(recipe, stage), recipe.data_ranks(world) * recipe.parallel.context
+    part, whole = counts.total / ranks * FLOAT32, counts.total * FLOAT32
+    buckets = 2 * bucket_elements(counts.total) * FLOAT32
+    return {"weights": counts.compute_dtype * Share(recipe).number + counts.float32 * FLOAT32,
+            "gradients": part + (whole if recipe.parallel.zero_stage == 1 else buckets),
+            "optimizer": 3 * part, "libraries": CUBLAS_BYTES}
 
 
 def _optimizer_ranks(recipe: Recipe, world: int) -> int:
@@ -107,30 +120,30 @@ def _moments(recipe: Recipe, world: int, stage: int) -> dict[str, dict[str, floa
     share, kinds = Share(recipe), stage_layers(recipe, stage)
     stream = share.norm_tokens * recipe.model.hidden_size * share.number
     messages = _messages(share, stream)
-    held = micro_batches_held(recipe, world, stage)
-    saved = {kind: _by_part(saved_by_layer(share, kind)) for kind in set(kinds)}
+    live = live_micro_batches(recipe, world, stage)
+    saved = {kind: _by_part(saved_by_layer(share, kind)) for kind in distinct(kinds)}
     if recipe.train.recompute == "full":
-        kept = {"activations": held * len(kinds) * stream}
-        # one layer at a time has all of its tensors again; its input is among those kept
-        alive = [_sum(kept, saved[kind], {"activations": -stream}) for kind in saved]
+        saved_all = {"activations": live * len(kinds) * stream}
+        # one layer at a time is recomputed; its input is among the saved tensors
+        alive = [_sum(saved_all, saved[kind], {"activations": -stream}) for kind in saved]
     else:
-        kept = _sum(*({part: held * size for part, size in saved[kind].items()} for kind in kinds))
-        alive = [kept for _ in saved]
+        saved_all = _sum(*({part: live * size for part, size in saved[kind].items()} for kind in kinds))
+        alive = [saved_all for _ in saved]
     backward = max((_sum(layers, {"workspace": layer_workspace(share, kind)}, messages)
                     for kind, layers in zip(saved, alive, strict=True)), key=lambda parts: sum(parts.values()))
     moments = {"backward": backward}
     if stage == recipe.parallel.pipeline - 1:
-        moments["loss"] = _sum(kept, _loss(share, stream), messages)
-    if recipe.model.layer_spec == "local":  # GroupStepAdam's denominators
-        held = rank_parameters(recipe, stage)
-        owned = (held.total - held.experts) / _optimizer_ranks(recipe, world) \
-            + held.experts / _expert_ranks(recipe, world)
+        moments["loss"] = _sum(saved_all, _loss(share, stream), messages)
+    if recipe.model.layer_spec == "local" and recipe.engine == "megatron":  # GroupStepAdam's denominators
+        counts = rank_parameters(recipe, stage)
+        owned = (counts.total - counts.experts) / _optimizer_ranks(recipe, world) \
+            + counts.experts / _expert_ranks(recipe, world)
         moments["update"] = {"workspace": FLOAT32 * owned}
     return moments
 
 
 def _loss(share: Share, stream: float) -> dict[str, float]:
-    """Output projection and cross-entropy, whichever of their forward and backward passes holds more."""
+    """Output projection and cross-entropy, the larger peak of their forward and backward passes."""
     recipe, e = share.recipe, share.number
     columns = recipe.model.vocab_size // recipe.parallel.tensor
     logits = share.tokens * columns * e
@@ -138,8 +151,8 @@ def _loss(share: Share, stream: float) -> dict[str, float]:
     copies = logits_copies(e, recipe.model.layer_spec != "local")
     weight_gradient = columns * recipe.model.hidden_size * e
     input_gradient = share.tokens * recipe.model.hidden_size * e
-    rows = piece_rows(share.tokens, columns, e, copies, recipe.train.logits_budget_gb)
-    if rows is not None:  # the weight's gradient is summed in float32 if there are several pieces
+    rows = chunk_rows(share.tokens, columns, e, copies, recipe.train.logits_budget_gb)
+    if rows is not None:  # the weight's gradient is summed in float32 if there are several chunks
         summed = weight_gradient // e * FLOAT32 if rows < share.tokens else 0
         at_once = min(rows, share.tokens) * columns * e
         return {"activations": 2 * stream, "logits": at_once + input_gradient + weight_gradient + summed + small}
@@ -154,9 +167,8 @@ def _messages(share: Share, stream: float) -> dict[str, float]:
     pipeline = 2 * stream if recipe.parallel.pipeline > 1 else 0.0  # an input on its way and a gradient
     gathered = share.tokens * model.hidden_size * share.number if recipe.parallel.sequence else 0.0
     context = 0.0
-    if recipe.parallel.context > 1 and set(model.layer_kinds) & set("HG"):  # all ranks' maps, and gradients of states
-        wide = 2 * model.value_dim + model.key_dim
-        context = recipe.parallel.context * share.heads * model.key_dim * wide * FLOAT32
+    if recipe.parallel.context > 1:
+        context = max(kind.messages(share) for kind in distinct(model.layer_kinds))
     return {"messages": pipeline + gathered + context}
 
 

@@ -1,55 +1,53 @@
-"""Parameters counted from a recipe's shape; the built model says the same (tests/plan)."""
+"""Parameter counts from a recipe's sizes, equal to those of the built model (tests/plan)."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from hola_megatron.config import ModelConfig, Recipe
-from hola_megatron.model.padding import projection_padding, projection_rows
+from hola_megatron.layers.padding import projection_padding, projection_rows
+from hola_megatron.layers.spec import LayerKind
+from hola_megatron.recipe.schema import ModelConfig, Recipe
 
 
 @dataclass(frozen=True)
 class LayerParameters:
-    """Numbers of one layer. cut: split over tensor ranks; whole: on each of them; float32: kept so in bf16 models.
+    """Parameter counts of one layer. sharded: over tensor ranks; whole: replicated; float32: so in bf16 models as well.
 
-    mlp is cut; where there are experts it is zero, the router is whole and the experts go round expert-parallel ranks.
+    mlp is sharded. With experts it is zero, the router is whole and experts are sharded over expert-parallel ranks.
     """
 
-    mixer_cut: int
+    mixer_sharded: int
     mixer_whole: int
     mlp: int
     router: int
     experts: int
     norms: int
-    cache_cut: int
+    cache_sharded: int
     cache_whole: int
     mixer_float32: int
 
     @property
     def mixer(self) -> int:
-        return self.mixer_cut + self.mixer_whole
+        return self.mixer_sharded + self.mixer_whole
 
     @property
     def exact_cache(self) -> int:
-        return self.cache_cut + self.cache_whole
+        return self.cache_sharded + self.cache_whole
 
 
-def layer_parameters(model: ModelConfig, kind: str) -> LayerParameters:
-    """One layer of a kind (H, G or A)."""
-    width = model.hidden_size
-    norms, count = 2 * width, model.moe.experts
+def layer_parameters(model: ModelConfig, kind: LayerKind) -> LayerParameters:
+    """One layer of a kind."""
+    width, count = model.hidden_size, model.moe.experts
     inside = (3 * width * model.mlp_hidden_size, 0, 0) if count is None else \
         (0, width * count, count * 3 * width * model.expert_hidden_size)
-    if kind == "A":
-        return LayerParameters(4 * width * width, 0, *inside, norms, 0, 0, 0)
-    key, value = model.heads * model.key_dim, model.heads * model.value_dim
-    scalars = 2 * model.heads if model.decay else 0  # A_log, dt_bias
-    projections = width * (2 * key + 3 * value + model.heads * (2 if model.decay else 1))
-    convolution = (2 * key + value) * model.conv_width
-    cache_cut = model.heads * (2 if model.cache.sink else 1) if kind == "H" else 0  # read gate, sink
-    cache_whole = 2 * model.key_dim if kind == "H" else 0  # gamma_q, gamma_k
-    return LayerParameters(projections + convolution + scalars, model.value_dim, *inside, norms, cache_cut, cache_whole,
-                           scalars)
+    rows = kind.parameters(model)
+
+    def total(part: str, is_sharded: bool, float32_only: bool = False) -> int:
+        return sum(row.size for row in rows if row.part == part and (row.partition_dim is not None) == is_sharded
+                   and (row.float32 or not float32_only))
+
+    return LayerParameters(total("mixer", True), total("mixer", False), *inside, 2 * width, total("exact_cache", True),
+                           total("exact_cache", False), total("mixer", True, float32_only=True))
 
 
 def parameters_by_part(model: ModelConfig) -> dict[str, int]:
@@ -64,7 +62,7 @@ def parameters_by_part(model: ModelConfig) -> dict[str, int]:
 
 
 def active_parameters(model: ModelConfig) -> int:
-    """Those that one token meets: of each layer's experts only the chosen."""
+    """Parameters that one token uses: of every layer's experts only the routed ones."""
     total, moe = parameters_by_part(model)["total"], model.moe
     if moe.experts is None:
         return total
@@ -73,58 +71,59 @@ def active_parameters(model: ModelConfig) -> int:
 
 
 def rank_products(recipe: Recipe, stage: int) -> int:
-    """Weights of the layers' linears on a rank of this stage, padding too: what fp8 quantizes, and Muon moves."""
+    """Weights of the layers' linears on a rank of this stage, padding included: fp8 quantizes, Muon updates them."""
     model, ranks = recipe.model, recipe.parallel.tensor
     kinds = stage_layers(recipe, stage)
-    padding = sum(projection_padding(projection_rows(model, kind, ranks)) for kind in kinds) * model.hidden_size
+    padding = sum(projection_padding(projection_rows(kind, model, ranks)) for kind in kinds) * model.hidden_size
     return padding + sum(layer_products(model, kind) for kind in kinds) // ranks
 
 
-def layer_products(model: ModelConfig, kind: str) -> int:
+def layer_products(model: ModelConfig, kind: LayerKind) -> int:
     """Weights of one layer's linears: of the mixer and of the MLP, without experts and router."""
-    mixed = model.hidden_size if kind == "A" else model.heads * model.value_dim
-    inside = 3 * model.mlp_hidden_size if model.moe.experts is None else 0
-    return (projection_rows(model, kind, 1) + mixed + inside) * model.hidden_size
+    mixer = sum(row.size for row in kind.parameters(model) if row.is_linear)
+    return mixer + (3 * model.mlp_hidden_size * model.hidden_size if model.moe.experts is None else 0)
 
 
 @dataclass(frozen=True)
 class RankParameters:
-    """Numbers one rank holds, padding too. narrow: in the recipe's precision; float32: always so (decay, gates).
+    """Parameter counts of one rank, padding included.
 
-    experts: those of `narrow` that are shared over expert-parallel ranks.
+    compute_dtype: in the recipe's precision. float32: always float32 (decay, gates). experts: those of `compute_dtype`
+    that are sharded over expert-parallel ranks.
     """
 
-    narrow: int
+    compute_dtype: int
     float32: int
     experts: int
 
     @property
     def total(self) -> int:
-        return self.narrow + self.float32
+        return self.compute_dtype + self.float32
 
 
-def stage_layers(recipe: Recipe, stage: int) -> str:
+def stage_layers(recipe: Recipe, stage: int) -> tuple[LayerKind, ...]:
     """The layer kinds of one pipeline stage, all its model chunks."""
     parallel, kinds = recipe.parallel, recipe.model.layer_kinds
     size = len(kinds) // (parallel.pipeline * parallel.virtual_pipeline)
     starts = [(chunk * parallel.pipeline + stage) * size for chunk in range(parallel.virtual_pipeline)]
-    return "".join(kinds[start: start + size] for start in starts)
+    return tuple(kind for start in starts for kind in kinds[start: start + size])
 
 
 def rank_parameters(recipe: Recipe, stage: int) -> RankParameters:
-    """What a rank of this pipeline stage holds: a tied embedding twice where first and last stage differ."""
+    """Of a rank of this pipeline stage. A tied embedding counts twice where first and last stage differ."""
     model, ranks, stages = recipe.model, recipe.parallel.tensor, recipe.parallel.pipeline
     table = model.vocab_size * model.hidden_size // ranks
-    narrow = float32 = experts = 0
+    compute_dtype = float32 = experts = 0
     for kind in stage_layers(recipe, stage):
         layer = layer_parameters(model, kind)
-        narrow += (layer.mixer_cut - layer.mixer_float32 + layer.mlp) // ranks + layer.mixer_whole + layer.norms
+        sharded = layer.mixer_sharded - layer.mixer_float32 + layer.mlp
+        compute_dtype += sharded // ranks + layer.mixer_whole + layer.norms
         experts += layer.experts // recipe.parallel.expert
-        narrow += layer.router + layer.experts // recipe.parallel.expert
-        narrow += projection_padding(projection_rows(model, kind, ranks)) * model.hidden_size
-        float32 += (layer.mixer_float32 + layer.cache_cut) // ranks + layer.cache_whole
+        compute_dtype += layer.router + layer.experts // recipe.parallel.expert
+        compute_dtype += projection_padding(projection_rows(kind, model, ranks)) * model.hidden_size
+        float32 += (layer.mixer_float32 + layer.cache_sharded) // ranks + layer.cache_whole
     if stage == 0:
-        narrow += table
+        compute_dtype += table
     if stage == stages - 1:
-        narrow += model.hidden_size + (0 if model.tie_embeddings and stages == 1 else table)
-    return RankParameters(narrow, float32, experts)
+        compute_dtype += model.hidden_size + (0 if model.tie_embeddings and stages == 1 else table)
+    return RankParameters(compute_dtype, float32, experts)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from hola_megatron.config import Recipe
-from hola_megatron.plan.activations import Share
-from hola_megatron.plan.estimate import Plan
+from hola_megatron.layers.costs import Share
+from hola_megatron.layers.registry import distinct
+from hola_megatron.plan.activations import kernels_problem
+from hola_megatron.plan.estimate import CLEARLY, Plan
 from hola_megatron.plan.layouts import Suggestion
 from hola_megatron.plan.memory import GB, StageMemory
 from hola_megatron.plan.parameters import active_parameters
+from hola_megatron.recipe.schema import Recipe
 
 
 def report(plan: Plan) -> str:
@@ -29,15 +31,15 @@ def layout_text(recipe: Recipe, gpus: int) -> str:
     """tensor 2 x pipeline 4 x data 8, experts over 8; with sizes of 1 left out except data."""
     parallel = recipe.parallel
     names = [("tensor", parallel.tensor), ("context", parallel.context), ("pipeline", parallel.pipeline)]
-    cuts = [f"{name} {size}" for name, size in names if size > 1]
-    ranks = " x ".join([*cuts, f"data {gpus // parallel.model_ranks}"])
+    sharded = [f"{name} {size}" for name, size in names if size > 1]
+    ranks = " x ".join([*sharded, f"data {gpus // parallel.model_ranks}"])
     return f"{ranks}, experts over {parallel.expert}" if parallel.expert > 1 else ranks
 
 
 def _model(plan: Plan) -> list[tuple[str, str]]:
     model, counts = plan.recipe.model, plan.parameters
     kinds = model.layer_kinds
-    layers = " + ".join(f"{kinds.count(kind)}{kind}" for kind in dict.fromkeys(kinds))
+    layers = " + ".join(f"{kinds.count(kind)}{kind.label}" for kind in distinct(kinds))
     parts = ", ".join(f"{name.replace('_', ' ')} {short(size)}" for name, size in counts.items()
                       if name != "total" and size)
     rows = [("recipe", f"{plan.recipe.name}: {layers} layers of width {model.hidden_size}"),
@@ -55,9 +57,30 @@ def _work(plan: Plan) -> list[tuple[str, str]]:
             ("steps", f"{train.steps:,} of {short(plan.recipe.tokens_per_step)} tokens = {short(plan.tokens)} tokens")]
     if plan.hours is None:
         return rows + [("time", "not stated: give --device or --peak-tflops")]
-    return rows + [("time", f"{plan.hours:,.1f} hours on {machine.gpus} GPUs at MFU {100 * machine.mfu:g} % of "
-                            f"{machine.peak_flops / 1e12:g} TFLOP/s: {short(plan.tokens_per_second)} tokens/s, "
-                            f"{short(plan.tokens_per_second / machine.gpus)} a GPU")]
+    how = "as given" if machine.mfu is not None else "predicted"
+    rows.append(("time", f"{plan.hours:,.1f} hours on {machine.gpus} GPUs at MFU {100 * plan.mfu:.3g} % of "
+                         f"{machine.peak_flops / 1e12:g} TFLOP/s ({how}): {short(plan.tokens_per_second)} tokens/s, "
+                         f"{short(plan.tokens_per_second / machine.gpus)} a GPU"))
+    return rows if machine.mfu is not None or plan.speed is None else rows + _predicted(plan)
+
+
+def _predicted(plan: Plan) -> list[tuple[str, str]]:
+    """What limits the predicted speed, and which parts of the prediction are not measured."""
+    speed = plan.speed
+    rows = [("", f"a micro-batch takes the device {1e3 * speed.device:.3g} ms"
+                 + (f", launching it {1e3 * speed.host:.3g} ms of the host" if speed.host else " in a CUDA graph")
+                 + f"; the update {1e3 * speed.update:.3g} ms a step")]
+    if speed.launch_bound:
+        rows.append(("", "bound by launching, at which hosts differ: two of seven such runs were 16 and 26 % slower "
+                         "than predicted"))
+    graph = plan.with_graph
+    if graph and graph.tokens_per_second > CLEARLY * speed.tokens_per_second:
+        times = graph.tokens_per_second / speed.tokens_per_second
+        rows.append(("", f"train.cuda_graph=true: {times:.2f} times as fast "
+                         f"({short(graph.tokens_per_second)} tokens/s), with up to 4 GB more, not counted below"))
+    if plan.unmeasured:
+        rows.append(("", f"not measured: {'; '.join(plan.unmeasured)}"))
+    return rows
 
 
 def _layout(plan: Plan) -> list[tuple[str, str]]:
@@ -72,18 +95,21 @@ def _layout(plan: Plan) -> list[tuple[str, str]]:
         choices[0] += f" (+{100 * plan.recompute_share:.0f} % work, not in MFU)"
     if parallel.sequence:
         choices.append("norms and residuals cut over tensor ranks")
-    if parallel.distributed_optimizer:
+    if plan.recipe.engine == "deepspeed":
+        choices.append(f"DeepSpeed ZeRO {parallel.zero_stage}: optimizer state" +
+                       (" and gradients" if parallel.zero_stage > 1 else "") + " cut over data and context ranks")
+    elif parallel.distributed_optimizer:
         choices.append("optimizer state cut over data and context ranks")
     if parallel.pipeline > 1:
         choices.append(f"pipeline bubble {100 * plan.bubble:.1f} % (not in MFU)")
-    layers = "Megatron's own layers (the recipe says so)" if plan.recipe.model.layer_spec == "local" else \
+    layers = "Megatron's own layers (set by the recipe)" if plan.recipe.model.layer_spec == "local" else \
         "Transformer Engine's layers"
     return rows + [("", "; ".join(choices)), ("assumes", f"{_kernels(plan.recipe)}; {layers}")]
 
 
 def _kernels(recipe: Recipe) -> str:
-    problem = Share(recipe).kernels_problem
-    return f"NOT Triton kernels ({problem}): more memory than said" if problem else "Triton kernels"
+    problem = kernels_problem(Share(recipe))
+    return f"NOT Triton kernels ({problem}): more memory than shown" if problem else "Triton kernels"
 
 
 def _memory(plan: Plan) -> list[tuple[str, str]]:
@@ -102,7 +128,7 @@ def _memory(plan: Plan) -> list[tuple[str, str]]:
 EXPLAINED = {
     "weights": "in the recipe's precision", "gradients": "float32 buffer",
     "optimizer": "float32 weights and two moments", "activations": "saved by norms, linears and MLP",
-    "kernels": "saved by convolution, state, exact read, attention and output norm",
+    "kernels": "saved by convolution, state, cache attention, softmax attention and output norm",
     "workspace": "of one layer's backward pass", "logits": "output projection and loss",
     "messages": "tensor, context and pipeline buffers", "libraries": "cuBLAS workspaces",
     "reserve": "CUDA context, NCCL, fragmentation (a choice)"}
@@ -111,7 +137,7 @@ EXPLAINED = {
 def _checkpoint(plan: Plan) -> str:
     keep = plan.recipe.checkpoint.keep
     size = plan.checkpoint_bytes / GB
-    return f"{size:.3g} GB, every {plan.recipe.checkpoint.every:,} steps, {keep} kept = {keep * size:.3g} GB"
+    return f"{size:.3g} GB, every {plan.recipe.checkpoint.every:,} steps, {keep} retained = {keep * size:.3g} GB"
 
 
 def _verdict(plan: Plan) -> str:
@@ -136,8 +162,16 @@ def _suggestions(plan: Plan) -> list[tuple[str, str]]:
         name = "or" if number else "also fits" if plan.fits else "suggest"
         rows.append((name, " ".join(found.overrides)))
         rows.append(("", f"    {layout_text(found.recipe, plan.machine.gpus)}, "
-                         f"{_of(found.memory, plan.machine.memory_gb)}{_price(found)}"))
+                         f"{_of(found.memory, plan.machine.memory_gb)}{_price(found)}{_pace(plan, found)}"))
     return rows
+
+
+def _pace(plan: Plan, found: Suggestion) -> str:
+    """The speed of a suggested layout, compared with the recipe's where that can run."""
+    if found.tokens_per_second is None:
+        return "; which is faster is not known without --device or --peak-tflops" if plan.fits else ""
+    text = f"; predicted {short(found.tokens_per_second)} tokens/s"
+    return f"{text}, {found.tokens_per_second / plan.speed.tokens_per_second:.2f} times as fast" if plan.fits else text
 
 
 def _price(found: Suggestion) -> str:

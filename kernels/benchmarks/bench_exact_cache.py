@@ -18,6 +18,7 @@ import triton
 
 from hola_kernels import gated_rms_norm, short_conv
 from hola_kernels.exact_cache import triton_read, verify_cases
+from hola_kernels.options import CacheOptions
 from hola_kernels.swiglu import swiglu
 
 SHAPES = ("16,2048,4,256,256", "16,2048,8,128,128", "8,2048,8,256,256", "1,32768,16,128,128", "1,131072,4,256,256")
@@ -49,13 +50,13 @@ def read_parts(batch: int, length: int, heads: int, key: int, value: int) -> dic
     tokens = batch * length
     inputs = verify_cases.make_inputs(tokens, heads, key, value, torch.bfloat16, 0, "cuda")
     score = inputs.pop("score")
-    cuts = torch.arange(0, tokens + 1, length, device="cuda")
-    blocks = triton_read.Blocks.cut(cuts, tokens, block=256, slots=64, dense=True)
+    cu_seqlens = torch.arange(0, tokens + 1, length, device="cuda")
+    blocks = triton_read.CacheBlocks.cut(cu_seqlens, tokens, CacheOptions(), equal_length=True)
     inputs = {n: x.requires_grad_() for n, x in inputs.items()}
     dy = torch.randn_like(inputs["v"])
 
     def forward() -> torch.Tensor:
-        return triton_read.exact_read_combine(**inputs, score=score, blocks=blocks, read_norm="rms")
+        return triton_read.cache_attention_combine(**inputs, score=score, blocks=blocks)
 
     def both() -> None:
         torch.autograd.grad(forward(), list(inputs.values()), dy)
@@ -89,11 +90,11 @@ def around_parts(tokens: int = 32768, channels: int = 3072, heads: int = 4, widt
     def mlp() -> torch.Tensor:
         return swiglu(x=both, backend="triton")
 
-    wide, narrow, middle = (tokens * numbers * 2e-9 for numbers in (channels, heads * width, inner))
-    return {"short conv forward": (conv, 2 * wide),
-            "short conv fwd+bwd": (lambda: torch.autograd.grad(conv(), [x, weight], dx), 5 * wide),
-            "gated norm forward": (norm, 3 * narrow),
-            "gated norm fwd+bwd": (lambda: torch.autograd.grad(norm(), [rows, gate, scale], drows), 8 * narrow),
+    channel_bytes, head_bytes, middle = (tokens * numbers * 2e-9 for numbers in (channels, heads * width, inner))
+    return {"short conv forward": (conv, 2 * channel_bytes),
+            "short conv fwd+bwd": (lambda: torch.autograd.grad(conv(), [x, weight], dx), 5 * channel_bytes),
+            "gated norm forward": (norm, 3 * head_bytes),
+            "gated norm fwd+bwd": (lambda: torch.autograd.grad(norm(), [rows, gate, scale], drows), 8 * head_bytes),
             "swiglu forward": (mlp, 3 * middle),
             "swiglu fwd+bwd": (lambda: torch.autograd.grad(mlp(), both, dinner), 8 * middle)}
 
@@ -111,9 +112,9 @@ def copy_bandwidth() -> float:
 
 
 def commit() -> str:
-    asked = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=Path(__file__).parent, capture_output=True,
+    done = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=Path(__file__).parent, capture_output=True,
                            text=True, check=False)
-    return asked.stdout.strip() or "unknown"
+    return done.stdout.strip() or "unknown"
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Times the whole hola_attention (state, scores, selection, exact read) beside flash attention and, if installed, FLA.
+"""Times hola_attention (state, scores, selection, cache attention) beside flash attention and, if installed, FLA.
 
     PYTHONPATH=kernels python kernels/benchmarks/bench_hola_attention.py [--peer] [--graph] [--shape B,T,H,K,V]
 

@@ -24,11 +24,12 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from hola_kernels import PackedDocuments
 from hola_megatron.config import Recipe, load_recipe
 from hola_megatron.errors import UserError, run_cli
+from hola_megatron.layers.documents import Documents
 from hola_megatron.model.build import build_model
-from hola_megatron.model.documents import Documents
-from hola_megatron.parallel.groups import start, stop
+from hola_megatron.startup.start import start, stop
 
 RECIPE = Path(__file__).parents[2] / "recipes" / "hola_340m.yaml"
 SHAPES = ((16, 2048, 1024, 4, 256), (16, 2048, 2048, 8, 256))
@@ -118,12 +119,13 @@ def build(shape: Shape, kind: str, device: str, *overrides: str) -> nn.Module:
 
 def ours(mixer: nn.Module, shape: Shape, in_graph: bool = False) -> Layer:
     """[B, T, D] -> the same, all samples packed into one row; in_graph: as a graph of training has the documents."""
-    cuts = torch.arange(0, shape.batch * shape.length + 1, shape.length, dtype=torch.int32)
-    fixed = cuts.long().to(next(mixer.parameters()).device)
+    cu_seqlens = torch.arange(0, shape.batch * shape.length + 1, shape.length, dtype=torch.int32)
+    documents = PackedDocuments(cu_seqlens)
+    fixed = cu_seqlens.long().to(next(mixer.parameters()).device)
 
     def run(x_BTD: Tensor) -> Tensor:
-        documents = Documents.bounded(fixed, shape.length) if in_graph else Documents.from_cuts(cuts, x_BTD.device)
-        y, _ = mixer(x_BTD.flatten(0, 1)[:, None], packed_seq_params=documents)
+        packed = PackedDocuments(fixed, shape.length) if in_graph else documents
+        y, _ = mixer(x_BTD.flatten(0, 1)[:, None], packed_seq_params=Documents.of(packed))
         return y.view_as(x_BTD)
 
     run.parameters = list(mixer.parameters())
@@ -215,9 +217,9 @@ def _results(mixer: nn.Module, shape: Shape, x: Tensor, dy: Tensor) -> dict[str,
 
 
 def errors(found: dict[str, Tensor], expected: dict[str, Tensor]) -> dict[str, float]:
-    """The norm of each difference over the norm of what is expected; rows behind (padding) are left out."""
-    wide = {name: y.double() for name, y in expected.items()}
-    return {name: float((x[: wide[name].shape[0]].double() - wide[name]).norm() / wide[name].norm().clamp_min(1e-30))
+    """The norm of each difference over the norm of what is expected; rows after it (padding) are left out."""
+    exact = {name: y.double() for name, y in expected.items()}
+    return {name: float((x[: exact[name].shape[0]].double() - exact[name]).norm() / exact[name].norm().clamp_min(1e-30))
             for name, x in found.items()}
 
 
@@ -264,8 +266,8 @@ def row(shape: Shape, name: str, layer: Layer, *, graph: bool) -> str:
 def _print_machine() -> None:
     import triton
 
+    from hola_megatron.log.console import code_version
     from hola_megatron.model.config import choose_spec
-    from hola_megatron.monitor.console import code_version
 
     kind, why = choose_spec(recipe_of(Shape(*SHAPES[0]), "G").model)
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, triton {triton.__version__}, {code_version()}, "

@@ -1,7 +1,7 @@
 """Milliseconds of a call, with its host or without.
 
 A call of a layer is a few dozen launches, which a slow host makes longer than the device's work: the same call took
-3.2 and 3.9 ms minutes apart. Replayed as a CUDA graph it takes what the device needs, ours and theirs alike.
+3.2 and 3.9 ms minutes apart. Replayed as a CUDA graph it takes what the device needs, ours and theirs.
 """
 
 from __future__ import annotations

@@ -12,10 +12,13 @@ from hola_kernels.gated_delta import gated_delta_rule
 from hola_kernels.gated_delta.state_map import entering_gradient, state_map
 from hola_kernels.gated_delta.step import gated_delta_step
 from hola_kernels.gated_norm import gated_rms_norm
+from hola_kernels.kept_attention import KeptTokens, kept_attention, kept_attention_step
 from hola_kernels.memo import recording
+from hola_kernels.packed import PackedDocuments
 from hola_kernels.short_conv import short_conv, short_conv_step
 from hola_kernels.state import HolaState
 
-__all__ = ["HolaState", "KernelError", "cache_ages", "entering_gradient", "exact_read", "exact_read_only",
-           "gated_delta_rule", "gated_delta_step", "gated_rms_norm", "hola_attention", "hola_attention_step",
-           "read_mass", "recording", "select_cache", "short_conv", "short_conv_step", "state_map"]
+__all__ = ["HolaState", "KeptTokens", "KernelError", "PackedDocuments", "cache_ages", "entering_gradient",
+           "exact_read", "exact_read_only", "gated_delta_rule", "gated_delta_step", "gated_rms_norm", "hola_attention",
+           "hola_attention_step", "kept_attention", "kept_attention_step", "read_mass", "recording", "select_cache",
+           "short_conv", "short_conv_step", "state_map"]

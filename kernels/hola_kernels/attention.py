@@ -1,8 +1,8 @@
 """hola_attention: a compressed memory and a bounded exact one, read together.
 
-    o = o_state + sigmoid(gate) * o_cache
+    o = o_state + sigmoid(gate) * o_cache        (or another merge of the two: `merge`)
 o_state is the gated delta rule; o_cache a sharp softmax over the w tokens of earlier
-blocks that changed the state most, the token's own block, and a sink. The cache's
+blocks that changed the state most, the token's local part, and a sink. The cache's
 choice comes from the state's own residual, so the two parts share one pass.
 Source: arXiv 2607.02303.
 """
@@ -12,123 +12,182 @@ from __future__ import annotations
 from dataclasses import replace
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from hola_kernels.backend import choose_backend
-from hola_kernels.checks import check_max_seqlen, check_memory, check_tokens, segments_of
+from hola_kernels.checks import (
+    check_floating,
+    check_memory,
+    check_read_parameters,
+    check_tokens,
+    per_value_head,
+    segments_of,
+)
 from hola_kernels.errors import KernelError
-from hola_kernels.exact_cache import exact_read
+from hola_kernels.exact_cache import exact_read, exact_read_only, fused_refusal
 from hola_kernels.exact_cache.read_configs import read_refusal
 from hola_kernels.gated_delta import gated_delta_rule, triton_refusal
+from hola_kernels.gated_delta.residual import gated_delta_residual
+from hola_kernels.kept_attention.controller import cosine_score
+from hola_kernels.merge import check_gate, merge_outputs
 from hola_kernels.norms import compute_dtype
+from hola_kernels.operation import operation
+from hola_kernels.options import POSITION_SCORES, STATE_SCORES, CacheOptions
+from hola_kernels.packed import PackedDocuments, check_max_seqlen, documents_of
+from hola_kernels.positions import check_positions, token_positions, with_positions
 from hola_kernels.segments import rows_as_segments
 from hola_kernels.state import HolaState
 
-SCORES = ("betae", "e", "betav", "recency", "random")
-READ_NORMS = ("rms", "l2")
 
-
+@operation
 def hola_attention(*, q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, beta: Tensor, gamma_q: Tensor,
-                   gamma_k: Tensor, gate: Tensor, sink: Tensor | None, block: int = 256, slots: int = 64,
-                   score: str = "betae", read_norm: str = "rms", cu_seqlens: Tensor | None = None,
-                   max_seqlen: int | None = None, state: HolaState | None = None,
+                   gamma_k: Tensor, gate: Tensor, sink: Tensor | None, block: int = CacheOptions.block,
+                   slots: int = CacheOptions.slots, score: str = CacheOptions.score,
+                   read_norm: str = CacheOptions.read_norm, local: str = CacheOptions.local, window: int | None = None,
+                   rope_theta: float | None = None, merge: str = CacheOptions.merge, route: Tensor | None = None,
+                   cu_seqlens: Tensor | PackedDocuments | None = None,
+                   max_seqlen: int | None = None, state: HolaState | None = None, scale: float | None = None,
                    return_state: bool = False, backend: str = "auto") -> Tensor | tuple[Tensor, HolaState]:
     """The HOLA token mixer after the projections, before the output norm.
 
-    q, k [B, T, H, K], v [B, T, H, V]: after convolution and SiLU, not normalised (both norms happen here).
+    q, k [B, T, H, K], v [B, T, H, V]: after convolution and SiLU, not normalised (both norms happen here). q and k may
+    have fewer heads, of which H is a multiple: each then serves several heads of v, one after the other.
+    scale: of the state's output, None is K^-1/2 (the cache attention always has that). With a scale the state and the
+    cache attention are two operations.
     log_decay [B, T, H] = log alpha <= 0; beta [B, T, H] in (0, 1); gamma_q, gamma_k [K];
-    gate [H] (its sigmoid weighs the exact read); sink [H] a logit, or None for no sink.
-    cu_seqlens [N + 1]: packed documents, B = 1. state: the memory of N sequences (N = B without cu_seqlens).
-    max_seqlen: no document is longer. With it the Triton backend makes its tables on the GPU, where cu_seqlens lies, as
+    gate: what the merge's sigmoids take, [H] with "add" (its sigmoid weighs the cache attention), [B, T, H, V] with
+    "convex", [B, T, H, 2] with "two"; sink [H] a logit, or None for no sink.
+    route [B, T, H]: logits of the score "learned", which is r = sigmoid(route). The choice of tokens has no gradient; r
+    has that of a factor of the values that are read, dr = <dv, v> (straight-through).
+    cu_seqlens [N + 1]: packed documents, B = 1; on the CPU, or as PackedDocuments (`packed` says what each costs).
+    state: the memory of N sequences (N = B without cu_seqlens).
+    max_seqlen: no document is longer. With it the Triton backend makes its tables on the GPU, where cu_seqlens is, as
     long as the shapes can ask for. A CUDA graph of the call, recorded within `recording` after a call like it, then
-    serves any cuts of N documents, the last of which may be empty (not with state, return_state, or the scores recency
-    and random, which look at the memory's or the tokens' numbers). A value too low costs speed, nothing else.
-    score: what the cache ranks by, "betae" (the paper's) or an ablation; read_norm: "rms" sharp, "l2" flat.
+    serves any cu_seqlens of N documents, the last of which may be empty (not with state, return_state, or the scores
+    recency and random, which look at the memory's or the tokens' numbers). A value too low costs speed, nothing else.
+    block, slots, score, read_norm, local, window, rope_theta, merge: as in `CacheOptions`. Rotary positions need
+    an even K; a state holds the keys of the read, normalised and rotated then.
 
     Returns o [B, T, H, V] in v's dtype, and with return_state the memory after the last token.
     Raises KernelError naming the argument that does not fit.
     """
-    check_tokens(q, k, v, log_decay, beta, cu_seqlens)
+    options = CacheOptions(block, slots, score, read_norm, local, window, rope_theta, merge)
+    q, k = per_value_head(q, k, v)
+    check_tokens(q, k, v, log_decay=log_decay, beta=beta)
+    check_read_parameters(q, gamma_q, gamma_k, sink)
+    check_gate(gate, v, merge)
+    check_positions(q, options)
+    check_route(route, q.shape[:3], options)
     check_max_seqlen(max_seqlen, cu_seqlens)
-    check_choices(score, read_norm)
-    cuts = segments_of(q, cu_seqlens)
-    if state is None and not return_state and is_fused(backend, score, q, k, v):
-        return _fused(q, k, v, log_decay, beta, gamma_q, gamma_k, gate, sink, block, slots, score, read_norm,
-                      cu_seqlens, cuts, max_seqlen)
-    memory = check_memory(state, cuts.numel() - 1, k, v, block, slots)
+    documents = documents_of(q, cu_seqlens, max_seqlen=max_seqlen)
+    device_cu_seqlens = segments_of(q, documents)
+    if state is None and not return_state and scale is None and is_fused(backend, options, q, k, v):
+        return _fused(q, k, v, log_decay, beta, gamma_q, gamma_k, gate, sink, options, documents, device_cu_seqlens,
+                      max_seqlen)
+    sequences = device_cu_seqlens.numel() - 1
+    memory = check_memory(state, sequences, k, v, options) if return_state or state is not None else None
     o_state, written, final_state = gated_delta_rule(
-        q=q, k=k, v=v, log_decay=log_decay, beta=beta, cu_seqlens=cu_seqlens, max_seqlen=max_seqlen,
-        initial_state=memory.state, backend=backend)
-    rank = rank_tokens(score, written, v, beta, cuts, memory.length)
-    o_cache, after = exact_read(
-        q=q, k=k, v=v, score=rank, gamma_q=gamma_q, gamma_k=gamma_k, sink=sink, block=block, slots=slots,
-        read_norm=read_norm, cu_seqlens=cu_seqlens, memory=memory, backend=backend)
-    o = combine(o_state, o_cache, gate)
+        q=q, k=k, v=v, log_decay=log_decay, beta=beta, cu_seqlens=documents, max_seqlen=max_seqlen,
+        initial_state=None if memory is None else memory.state, scale=scale, backend=backend)
+    length = device_cu_seqlens.new_zeros(sequences) if memory is None else memory.length
+    residual = None
+    if score == "cosine":
+        residual = gated_delta_residual(k=k, v=v, log_decay=log_decay, beta=beta, cu_seqlens=documents, backend=backend,
+                                        initial_state=None if memory is None else memory.state)
+    rank = rank_tokens(score, written, v, beta, device_cu_seqlens, length, residual=residual, route=route)
+    read = {**options.of_the_read, **with_positions(q, k, gamma_q, gamma_k, options, device_cu_seqlens, length),
+            "v": routed_values(v, route), "score": rank, "sink": sink, "cu_seqlens": documents, "backend": backend}
+    if memory is None:
+        return merge_outputs(o_state, exact_read_only(**read), gate, merge)
+    o_cache, after = exact_read(**read, memory=memory)
+    o = merge_outputs(o_state, o_cache, gate, merge)
     return (o, replace(after, state=final_state)) if return_state else o
 
 
-def combine(o_state: Tensor, o_cache: Tensor, gate: Tensor) -> Tensor:
-    """o_state + sigmoid(gate) o_cache [B, T, H, V], summed in float32 (float64) and returned in their dtype."""
-    wide = compute_dtype(o_state)
-    return (o_state.to(wide) + gate.to(wide).sigmoid()[:, None] * o_cache.to(wide)).to(o_state.dtype)
-
-
-def is_fused(backend: str, score: str, q: Tensor, k: Tensor, v: Tensor) -> bool:
+def is_fused(backend: str, options: CacheOptions, q: Tensor, k: Tensor, v: Tensor) -> bool:
     """Whether the whole operation runs as one Triton function: both parts would run on Triton anyway."""
-    if score in ("recency", "random"):
+    if options.score not in (*STATE_SCORES, *POSITION_SCORES) or not v.numel():
+        return False
+    if fused_refusal(options):
         return False
     return choose_backend(backend, q.device, triton_refusal(q, k, v) or read_refusal(k, v)) == "triton"
 
 
 def _fused(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, beta: Tensor, gamma_q: Tensor, gamma_k: Tensor,
-           gate: Tensor, sink: Tensor | None, block: int, slots: int, score: str, read_norm: str,
-           cu_seqlens: Tensor | None, cuts: Tensor, max_seqlen: int | None) -> Tensor:
+           gate: Tensor, sink: Tensor | None, options: CacheOptions, documents: PackedDocuments | None,
+           device_cu_seqlens: Tensor, max_seqlen: int | None) -> Tensor:
     from hola_kernels.triton_attention import hola_attention_triton  # on first use: triton may be missing
 
-    if block < 1 or slots < 1:
-        raise KernelError(f"block = {block} and slots = {slots} must be at least 1")
-    dense = cu_seqlens is None
-    host = rows_as_segments(q.shape[0], q.shape[1], torch.device("cpu")) if dense else cu_seqlens
+    equal_length = documents is None
+    max_seqlen = None if equal_length else max_seqlen or documents.max_seqlen
+    host_cu_seqlens = rows_as_segments(q.shape[0], q.shape[1], torch.device("cpu")) if equal_length else None
+    if not equal_length and max_seqlen is None:
+        host_cu_seqlens = documents.host()
+    rank = None
+    if options.score in POSITION_SCORES:
+        rank = rank_tokens(options.score, beta.float(), v, beta, device_cu_seqlens,
+                           torch.zeros_like(device_cu_seqlens[1:])).flatten(0, 1).contiguous()
     o = hola_attention_triton(
         q_MHK=q.flatten(0, 1), k_MHK=k.flatten(0, 1), v_MHV=v.flatten(0, 1), log_decay_MH=log_decay.flatten(0, 1),
-        beta_MH=beta.flatten(0, 1), gamma_q=gamma_q, gamma_k=gamma_k, gate_H=gate, sink_H=sink, block=block,
-        slots=slots, score=score, read_norm=read_norm, cu_seqlens=host, cuts=cuts, dense=dense,
-        max_seqlen=max_seqlen)
+        beta_MH=beta.flatten(0, 1), gamma_q=gamma_q, gamma_k=gamma_k, gate_H=gate, sink_H=sink, options=options,
+        host_cu_seqlens=host_cu_seqlens, device_cu_seqlens=device_cu_seqlens, equal_length=equal_length,
+        max_seqlen=max_seqlen, rank_MH=rank)
     return o.view(v.shape)
 
 
-def check_choices(score: str, read_norm: str) -> None:
-    """KernelError for a name that is none."""
-    if score not in SCORES:
-        raise KernelError(f"score: {score!r} is not one of {', '.join(SCORES)}")
-    if read_norm not in READ_NORMS:
-        raise KernelError(f"read_norm: {read_norm!r} is not one of {', '.join(READ_NORMS)}")
-
-
 @torch.no_grad()
-def rank_tokens(score: str, written: Tensor, v: Tensor, beta: Tensor, cuts: Tensor, length: Tensor) -> Tensor:
-    """What the cache ranks by, [B, T, H]; `written` is beta * |residual|; length [N]: tokens of each segment so far."""
+def rank_tokens(score: str, written: Tensor, v: Tensor, beta: Tensor, cu_seqlens: Tensor, length: Tensor, *,
+                residual: Tensor | None = None, route: Tensor | None = None) -> Tensor:
+    """What the cache ranks by, [B, T, H]; `written` is beta * |residual|; length [N]: tokens of each segment so far.
+
+    residual [B, T, H, V]: of "cosine", from `gated_delta_residual`; route [B, T, H]: logits of "learned".
+    """
+    if score == "cosine":
+        return cosine_score(v, v - residual).to(written.dtype)
+    if score == "learned":
+        # the order of its sigmoid, which is one for all large logits; selection takes scores of at least 0
+        return F.softplus(route.to(written.dtype))
     if score == "betae":
         return written
     if score == "e":
         return written / beta.to(written.dtype).clamp_min(torch.finfo(written.dtype).tiny)
     if score == "betav":
         return beta.to(written.dtype) * v.to(written.dtype).norm(dim=-1)
-    flat = torch.arange(int(cuts[-1]), device=v.device)
-    segment = torch.searchsorted(cuts, flat, right=True) - 1
-    position = flat - cuts[segment] + length[segment]
+    position = token_positions(cu_seqlens, written.shape[0] * written.shape[1], length)
     rank = position if score == "recency" else _scramble(position)
     return rank.to(written.dtype).view(written.shape[0], written.shape[1], 1).expand_as(written)
 
 
 @torch.no_grad()
-def rank_token(score: str, written: Tensor, v: Tensor, beta: Tensor, length: Tensor) -> Tensor:
+def rank_token(score: str, written: Tensor, v: Tensor, beta: Tensor, length: Tensor, *,
+               residual: Tensor | None = None, route: Tensor | None = None) -> Tensor:
     """The same for one token of each of N sequences, [N, H]; v [N, H, V]; length [N] without it."""
+    if score in ("cosine", "learned"):
+        return rank_tokens(score, written, v, beta, length, length, residual=residual, route=route)
     if score in ("recency", "random"):
         rank = length if score == "recency" else _scramble(length)
         return rank.to(written.dtype)[:, None].expand_as(written)
     one = torch.arange(v.shape[0] + 1, device=v.device)
     return rank_tokens(score, written[:, None], v[:, None], beta[:, None], one, length)[:, 0]
+
+
+def routed_values(v: Tensor, route: Tensor | None) -> Tensor:
+    """v, through whose gradient the learned score r = sigmoid(route) gets dr = <dv, v>."""
+    if route is None or not route.requires_grad:
+        return v
+    r = route.to(compute_dtype(v)).sigmoid()
+    return v * (1 + (r - r.detach())).to(v.dtype)[..., None]
+
+
+def check_route(route: Tensor | None, shape: torch.Size, options: CacheOptions) -> None:
+    """KernelError where logits of the score "learned" are missing, not asked for, or not of this shape."""
+    if (route is None) == (options.score == "learned"):
+        raise KernelError(f"route: {'missing' if route is None else 'given'}, and score is {options.score!r}; it goes "
+                          "with 'learned' alone")
+    check_floating(route=route)
+    if route is not None and route.shape != shape:
+        raise KernelError(f"route {tuple(route.shape)} must be {list(shape)}")
 
 
 def _scramble(position: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Which implementation runs, and why. Said once for every choice, never silently."""
+"""Which implementation runs, and why. Every choice is logged once."""
 
 from __future__ import annotations
 
@@ -22,23 +22,23 @@ def choose_backend(backend: str, device: torch.device, refusal: str | None = Non
     dimension, a dtype), or None. "auto" then runs torch and says so; backend="triton" raises KernelError.
     """
     if backend == "auto":
-        backend, reason = auto_backend(device.type)
+        backend, reason = auto_backend(device.type, device.index)
         if backend == "triton" and refusal:
             backend, reason = "torch", refusal
         _announce(backend, reason)
         return backend
     if backend not in BACKENDS:
         raise KernelError(f"backend: {backend!r} is not one of auto, {', '.join(BACKENDS)}")
-    if backend == "triton" and (problem := triton_problem(device.type) or refusal):
+    if backend == "triton" and (problem := triton_problem(device.type, device.index) or refusal):
         raise KernelError(f"backend: triton cannot run here ({problem}); use backend='torch' or 'auto'")
     return backend
 
 
-def auto_backend(device_type: str) -> tuple[str, str]:
-    """(backend, reason) that "auto" takes on "cpu" or "cuda"."""
+def auto_backend(device_type: str, index: int | None = None) -> tuple[str, str]:
+    """(backend, reason) that "auto" takes on "cpu" or "cuda" (GPU `index`, None: the current one)."""
     if device_type != "cuda":
         return "torch", f"device {device_type}"  # also under the interpreter: it is for tests, and slow
-    problem = triton_problem(device_type)
+    problem = triton_problem(device_type, index)
     return ("torch", problem) if problem else ("triton", "CUDA device")
 
 
@@ -48,8 +48,8 @@ def interpreted() -> bool:
 
 
 @functools.cache
-def triton_problem(device_type: str) -> str | None:
-    """Why the Triton backend cannot run on this kind of device, or None.
+def triton_problem(device_type: str, index: int | None = None) -> str | None:
+    """Why the Triton backend cannot run on this kind of device (GPU `index`, None: the current one), or None.
 
     On "cpu" it can only under Triton's interpreter (TRITON_INTERPRET=1, set before triton is imported).
     """
@@ -61,7 +61,7 @@ def triton_problem(device_type: str) -> str | None:
         return f"device {device_type}"
     if torch.version.hip is not None:
         return "ROCm is not tested"
-    major, minor = torch.cuda.get_device_capability()
+    major, minor = torch.cuda.get_device_capability(index)
     return None if major >= 8 else f"compute capability {major}.{minor}, 8.0 is needed"
 
 

@@ -1,38 +1,51 @@
-"""Argument checks shared by the operations: one place, one wording."""
+"""Argument checks shared by the operations, with the same messages."""
 
 from __future__ import annotations
+
+import math
 
 import torch
 from torch import Tensor
 
 from hola_kernels.errors import KernelError
-from hola_kernels.memo import remember
+from hola_kernels.options import CacheOptions
+from hola_kernels.packed import PackedDocuments, documents_of
 from hola_kernels.segments import rows_as_segments
 from hola_kernels.state import HolaState
-from hola_kernels.transfer import sent
 
 
-def check_tokens(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, beta: Tensor,
-                 cu_seqlens: Tensor | None) -> None:
-    """q, k [B, T, H, K], v [B, T, H, V], log_decay and beta [B, T, H], cu_seqlens [N + 1] with B = 1."""
+def check_tokens(q: Tensor, k: Tensor, v: Tensor, **numbers: Tensor) -> None:
+    """q, k [B, T, H, K], v [B, T, H, V], and named numbers [B, T, H] (log_decay, beta, score)."""
     if q.ndim != 4 or q.shape != k.shape:
         raise KernelError(f"q {tuple(q.shape)} and k {tuple(k.shape)} must be the same [B, T, H, K]")
     if v.ndim != 4 or v.shape[:3] != q.shape[:3]:
         raise KernelError(f"v {tuple(v.shape)} must be [B, T, H, V] with the B, T, H of q {tuple(q.shape)}")
-    for name, x in (("log_decay", log_decay), ("beta", beta)):
+    _check_sizes(q, v)
+    check_floating(q=q, k=k, v=v, **numbers)
+    for name, x in numbers.items():
         if x.shape != q.shape[:3]:
             raise KernelError(f"{name} {tuple(x.shape)} must be [B, T, H] = {tuple(q.shape[:3])}")
-    check_cu_seqlens(q, cu_seqlens)
 
 
-def check_cu_seqlens(x: Tensor, cu_seqlens: Tensor | None) -> None:
-    """cu_seqlens [N + 1] cuts the T tokens of x [1, T, ...], or is None."""
-    if cu_seqlens is None:
+def per_value_head(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """q and k with as many heads as v: each of H_k heads serves H_v / H_k value heads, one after the other.
+
+    q, k [B, T, H_k, K], v [B, T, H_v, V]. KernelError where H_v is not a multiple of H_k.
+    """
+    if not all(isinstance(x, Tensor) and x.ndim == 4 for x in (q, k, v)) or q.shape[2] == v.shape[2]:
+        return q, k
+    heads, value_heads = q.shape[2], v.shape[2]
+    if not heads or value_heads % heads or k.shape[2] != heads:
+        raise KernelError(f"v has {value_heads} heads, which is not a multiple of the {heads} of q {tuple(q.shape)} "
+                          f"and the {k.shape[2]} of k")
+    return tuple(x.repeat_interleave(value_heads // heads, dim=2) for x in (q, k))
+
+
+def check_scale(scale: float | None) -> None:
+    if scale is None:
         return
-    if x.shape[0] != 1:
-        raise KernelError(f"cu_seqlens needs B = 1 (documents packed in one row), got B = {x.shape[0]}")
-    if not remember(cu_seqlens, ("cuts", x.shape[1]), lambda: _are_cuts(cu_seqlens, x.shape[1])):
-        raise KernelError(f"cu_seqlens must be integers rising from 0 to T = {x.shape[1]}, at least two")
+    if isinstance(scale, bool) or not isinstance(scale, float | int) or not math.isfinite(scale):
+        raise KernelError(f"scale = {scale!r} must be a finite number, or None for K^-1/2")
 
 
 def check_step(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, beta: Tensor, state: Tensor) -> None:
@@ -41,53 +54,110 @@ def check_step(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, beta: Tensor,
         raise KernelError(f"q {tuple(q.shape)} and k {tuple(k.shape)} must be the same [N, H, K]")
     if v.ndim != 3 or v.shape[:2] != q.shape[:2]:
         raise KernelError(f"v {tuple(v.shape)} must be [N, H, V] with the N, H of q {tuple(q.shape)}")
+    _check_sizes(q, v)
+    check_floating(q=q, k=k, v=v, log_decay=log_decay, beta=beta, state=state)
     for name, x in (("log_decay", log_decay), ("beta", beta)):
         if x.shape != q.shape[:2]:
             raise KernelError(f"{name} {tuple(x.shape)} must be [N, H] = {tuple(q.shape[:2])}")
     if state.shape != (*q.shape, v.shape[2]):
         raise KernelError(f"state {tuple(state.shape)} must be [N, H, K, V] = {(*q.shape, v.shape[2])}")
+    check_writable(state=state)
 
 
-def check_per_head(**parameters: tuple[Tensor | None, int]) -> None:
+def _check_sizes(q: Tensor, v: Tensor) -> None:
+    heads, key_dim, value_dim = *q.shape[-2:], v.shape[-1]
+    if not heads * key_dim * value_dim:
+        raise KernelError(f"H = {heads}, K = {key_dim} and V = {value_dim} must be at least 1")
+
+
+def check_floating(**tensors: Tensor | None) -> None:
+    """Tensors of real floating-point numbers, or None."""
+    for name, x in tensors.items():
+        if x is None:
+            continue
+        if not isinstance(x, Tensor):
+            raise KernelError(f"{name} must be a tensor, not {type(x).__name__}")
+        if not x.is_floating_point():
+            raise KernelError(f"{name} of {x.dtype} must be floating-point numbers")
+
+
+def check_writable(**tensors: Tensor) -> None:
+    """Tensors that an operation updates in place: no two of their numbers share memory."""
+    for name, x in tensors.items():
+        if any(size > 1 and stride == 0 for size, stride in zip(x.shape, x.stride(), strict=True)):
+            raise KernelError(f"{name} is updated in place and is an expanded view, whose numbers share memory; "
+                              "give a copy of it (.clone())")
+
+
+def check_vectors(**parameters: tuple[Tensor | None, int]) -> None:
     """Vectors (or None) and the number each must hold."""
+    check_floating(**{name: x for name, (x, _) in parameters.items()})
     for name, (x, size) in parameters.items():
         if x is not None and x.shape != (size,):
             raise KernelError(f"{name} {tuple(x.shape)} must be [{size}]")
 
 
-def check_max_seqlen(max_seqlen: int | None, cu_seqlens: Tensor | None) -> None:
-    if max_seqlen is not None and (cu_seqlens is None or max_seqlen < 1):
-        raise KernelError(f"max_seqlen = {max_seqlen} must be at least 1 and comes with cu_seqlens; leave it out")
+def check_read_parameters(q: Tensor, gamma_q: Tensor, gamma_k: Tensor, sink: Tensor | None,
+                          **more: Tensor) -> None:
+    """gamma_q, gamma_k [K], sink [H] or None, and more vectors of H numbers; q [..., H, K]."""
+    for name, x in (("gamma_q", gamma_q), ("gamma_k", gamma_k), *more.items()):
+        if x is None:
+            raise KernelError(f"{name} must be a tensor, not None")
+    heads, key_dim = q.shape[-2:]
+    check_vectors(gamma_q=(gamma_q, key_dim), gamma_k=(gamma_k, key_dim), sink=(sink, heads),
+                  **{name: (x, heads) for name, x in more.items()})
 
 
-def _are_cuts(cu_seqlens: Tensor, tokens: int) -> bool:
-    if cu_seqlens.ndim != 1 or cu_seqlens.is_floating_point() or cu_seqlens.numel() < 2:
-        return False
-    if cu_seqlens.is_cuda and torch.cuda.is_current_stream_capturing():
-        return True  # its numbers are those of the replay, which nobody can read here
-    return int(cu_seqlens[0]) == 0 and int(cu_seqlens[-1]) == tokens and not bool((cu_seqlens.diff() < 0).any())
+def check_state(state: Tensor | None, sequences: int, k: Tensor, v: Tensor) -> None:
+    """initial_state [N, H, K, V], or None; k [..., H, K], v [..., H, V]."""
+    if state is None:
+        return
+    check_floating(initial_state=state)
+    want = (sequences, *k.shape[-2:], v.shape[-1])
+    if state.shape != want:
+        raise KernelError(f"initial_state {tuple(state.shape)} must be [N, H, K, V] = {want}")
 
 
-def segments_of(x: Tensor, cu_seqlens: Tensor | None) -> Tensor:
-    """cu_seqlens of the flattened tokens x [B, T, ...]: as given, or one segment a row."""
-    if cu_seqlens is not None:
-        if cu_seqlens.dtype == torch.int64 and cu_seqlens.device == x.device:
-            return cu_seqlens
-        return remember(cu_seqlens, ("on", x.device), lambda: sent(cu_seqlens.to(torch.int64), x.device))
-    return rows_as_segments(x.shape[0], x.shape[1], x.device)
+def check_eps(eps: float) -> None:
+    if not isinstance(eps, float | int) or not math.isfinite(eps) or eps < 0:
+        raise KernelError(f"eps = {eps} must be a finite number of at least 0")
 
 
-def check_memory(memory: HolaState | None, sequences: int, k: Tensor, v: Tensor, block: int, slots: int) -> HolaState:
+def segments_of(x: Tensor, cu_seqlens: Tensor | PackedDocuments | None) -> Tensor:
+    """cu_seqlens [N + 1] int64 of the flattened tokens x [B, T, ...] on their device: as given, or a segment a row."""
+    documents = documents_of(x, cu_seqlens, read=False)
+    return rows_as_segments(x.shape[0], x.shape[1], x.device) if documents is None else documents.on(x.device)
+
+
+def check_is_memory(memory: HolaState) -> None:
+    if not isinstance(memory, HolaState):
+        raise KernelError(f"state must be a HolaState, not {type(memory).__name__}")
+
+
+def check_memory(memory: HolaState | None, sequences: int, k: Tensor, v: Tensor, options: CacheOptions) -> HolaState:
     """The memory given, checked against the call, or an empty one."""
-    if block < 1 or slots < 1:
-        raise KernelError(f"block = {block} and slots = {slots} must be at least 1")
+    block, slots, window_blocks = options.block, options.slots, options.window_blocks
+    if memory is not None:
+        check_is_memory(memory)
     heads, key_dim, value_dim = k.shape[-2], k.shape[-1], v.shape[-1]
     if memory is None:
-        return HolaState.empty(sequences, heads, key_dim, value_dim, block=block, slots=slots, dtype=v.dtype,
-                               device=v.device)
-    want = (sequences, heads, slots, key_dim, value_dim, block)
+        return HolaState.empty(sequences, heads, key_dim, value_dim, block=block, slots=slots,
+                               window_blocks=window_blocks, dtype=v.dtype, device=v.device)
+    want = (sequences, heads, slots, key_dim, value_dim, block, window_blocks)
     have = (memory.length.numel(), memory.cache_k.shape[1], memory.slots, memory.cache_k.shape[3],
-            memory.cache_v.shape[3], memory.block)
+            memory.cache_v.shape[3], memory.block, memory.window_blocks)
     if have != want:
-        raise KernelError(f"state has (sequences, H, slots, K, V, block) = {have}, the call needs {want}")
+        names = "sequences, H, slots, K, V, block, window_blocks"
+        raise KernelError(f"state has ({names}) = {have}, the call needs {want}")
+    open_tokens = (1 + window_blocks) * block
+    shapes = {"state": (sequences, heads, key_dim, value_dim), "cache_k": (sequences, heads, slots, key_dim),
+              "cache_v": (sequences, heads, slots, value_dim), "cache_score": (sequences, heads, slots),
+              "cache_position": (sequences, heads, slots), "open_k": (sequences, open_tokens, heads, key_dim),
+              "open_v": (sequences, open_tokens, heads, value_dim), "open_score": (sequences, open_tokens, heads),
+              "length": (sequences,)}
+    for name, x in memory.tensors().items():
+        whole = name in ("cache_position", "length")
+        if x.shape != shapes[name] or x.device != k.device or (x.dtype == torch.int64) != whole:
+            raise KernelError(f"state.{name} {x.dtype} {tuple(x.shape)} on {x.device} must be "
+                              f"{'int64' if whole else 'floating-point'} {shapes[name]} on {k.device}")
     return memory

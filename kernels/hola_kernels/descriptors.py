@@ -1,8 +1,8 @@
 """Tensor descriptors: a kernel's view of a tensor as a matrix of which it takes whole tiles.
 
-On Hopper a tile of a descriptor is moved by the copy engine: one thread asks for it and no registers hold
+On Hopper a tile of a descriptor is moved by the copy engine: one thread issues it and no registers hold
 addresses, which is what lets the kernels keep a state of 128 x 256 numbers in registers. A tile always comes whole:
-rows behind a segment's end belong to the next one (or are zero behind the tensor's end), so a kernel that
+rows after a segment's end belong to the next one (or are zero after the tensor's end), so a kernel that
 takes them must give them no effect.
 """
 

@@ -1,7 +1,7 @@
 """The two norms of a HOLA layer.
 
 The state path needs unit length (with |k| = sqrt(K) the update's eigenvalue 1 - beta K
-diverges); the exact read needs length sqrt(K) so that its softmax can be sharp.
+diverges); cache attention needs length sqrt(K) so that its softmax can be sharp.
 """
 
 from __future__ import annotations
@@ -29,7 +29,9 @@ def rms_normalize(x: Tensor, gamma: Tensor) -> Tensor:
 
 
 def read_normalize(x: Tensor, gamma: Tensor, read_norm: str) -> Tensor:
-    """The norm of the exact read: "rms" (sharp, the default) or "l2" (flat; gamma still applies)."""
+    """The norm of cache attention: "rms" (sharp, the default), "l2" (flat) or "none"; gamma applies to all."""
     if read_norm == "rms":
         return rms_normalize(x, gamma)
+    if read_norm == "none":
+        return x * gamma.to(x.dtype)
     return l2_normalize(x) * gamma.to(x.dtype)

@@ -1,23 +1,51 @@
-"""What a HOLA layer remembers between calls: constant size at any length."""
+"""The memory of a HOLA layer between calls: constant size at any length."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from collections.abc import Callable
+from dataclasses import dataclass, fields, replace
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
+from hola_kernels.options import CacheOptions
+
+Memory = TypeVar("Memory", bound="SequenceState")
+
+
+class SequenceState:
+    """What every layer's memory of N sequences can do; a dataclass of tensors with the sequences on axis 0."""
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Every tensor, by name."""
+        return {f.name: x for f in fields(self) if isinstance(x := getattr(self, f.name), Tensor)}
+
+    def map(self: Memory, change: Callable[[Tensor], Tensor]) -> Memory:
+        """A memory of change(tensor) for every tensor."""
+        return replace(self, **{name: change(x) for name, x in self.tensors().items()})
+
+    def select(self: Memory, rows: Tensor) -> Memory:
+        """The memories of the sequences `rows` [R] (beam search, batch reordering), as copies."""
+        return self.map(lambda x: x.index_select(0, rows))
+
+    def nbytes(self) -> int:
+        """Bytes held."""
+        return sum(x.nbytes for x in self.tensors().values())
+
 
 @dataclass
-class HolaState:
+class HolaState(SequenceState):
     """Memory of N sequences. Empty cache slots have score -inf and position -1.
 
     state           [N, H, K, V] float32 (float64 in float64 calls): the compressed memory
     cache_k         [N, H, w, K], cache_v [N, H, w, V]: the exact tokens, keys not normalised,
                     in order of position
     cache_score     [N, H, w] float32, cache_position [N, H, w] int64 (counted in the sequence)
-    open_k          [N, C, H, K], open_v [N, C, H, V], open_score [N, C, H]: the block not yet full
-    length          [N] int64: tokens seen; length % C of them are in the open block
+    open_k          [N, (1 + P) C, H, K], open_v [N, (1 + P) C, H, V], open_score [N, (1 + P) C, H]: the block not yet
+                    full, and before it the last P full blocks, which are not merged into the cache yet
+    length          [N] int64: tokens seen; `open_count` of them are in the open blocks
+    window_blocks   P: full blocks that a sliding window reaches back into; 0 where the local part is the block
     """
 
     state: Tensor
@@ -29,31 +57,34 @@ class HolaState:
     open_v: Tensor
     open_score: Tensor
     length: Tensor
+    window_blocks: int = 0
 
     @classmethod
-    def empty(cls, sequences: int, heads: int, key_dim: int, value_dim: int, *, block: int = 256, slots: int = 64,
-              dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> HolaState:
-        """The memory before the first token; `dtype` is that of the k and v that will be kept."""
-        wide = torch.float64 if dtype == torch.float64 else torch.float32
+    def empty(cls, sequences: int, heads: int, key_dim: int, value_dim: int, *, block: int = CacheOptions.block,
+              slots: int = CacheOptions.slots, window_blocks: int = 0, dtype: torch.dtype = torch.float32,
+              device: torch.device | str = "cpu") -> HolaState:
+        """The memory before the first token; `dtype` is that of the k and v that will be stored."""
+        compute = torch.float64 if dtype == torch.float64 else torch.float32
 
         def zeros(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
             return torch.zeros(*shape, dtype=dtype, device=device)
 
         return cls(
-            state=zeros(sequences, heads, key_dim, value_dim, dtype=wide),
+            state=zeros(sequences, heads, key_dim, value_dim, dtype=compute),
             cache_k=zeros(sequences, heads, slots, key_dim),
             cache_v=zeros(sequences, heads, slots, value_dim),
-            cache_score=zeros(sequences, heads, slots, dtype=wide) - torch.inf,
+            cache_score=zeros(sequences, heads, slots, dtype=compute) - torch.inf,
             cache_position=zeros(sequences, heads, slots, dtype=torch.int64) - 1,
-            open_k=zeros(sequences, block, heads, key_dim),
-            open_v=zeros(sequences, block, heads, value_dim),
-            open_score=zeros(sequences, block, heads, dtype=wide),
+            open_k=zeros(sequences, (1 + window_blocks) * block, heads, key_dim),
+            open_v=zeros(sequences, (1 + window_blocks) * block, heads, value_dim),
+            open_score=zeros(sequences, (1 + window_blocks) * block, heads, dtype=compute),
             length=zeros(sequences, dtype=torch.int64),
+            window_blocks=window_blocks,
         )
 
     @property
     def block(self) -> int:
-        return self.open_k.shape[1]
+        return self.open_k.shape[1] // (1 + self.window_blocks)
 
     @property
     def slots(self) -> int:
@@ -61,13 +92,10 @@ class HolaState:
 
     @property
     def open_count(self) -> Tensor:
-        """[N] int64: tokens in the open block."""
-        return self.length % self.block
+        """[N] int64: tokens in the open blocks."""
+        return self.length - merged_tokens(self.length, self.block, self.window_blocks)
 
-    def select(self, rows: Tensor) -> HolaState:
-        """The memories of the sequences `rows` [R] (beam search, batch reordering), as copies."""
-        return HolaState(**{f.name: getattr(self, f.name).index_select(0, rows) for f in fields(self)})
 
-    def nbytes(self) -> int:
-        """Bytes held, the same at any length."""
-        return sum(getattr(self, f.name).nbytes for f in fields(self))
+def merged_tokens(length: Tensor, block: int, window_blocks: int) -> Tensor:
+    """[N]: of `length` [N] tokens, those whose blocks are merged into the cache: all full ones but the last P."""
+    return (length // block - window_blocks).clamp(min=0) * block

@@ -1,7 +1,7 @@
-"""Correctness cases of one decoded token, against the torch backend in float64: twenty steps and what is kept then.
+"""Correctness cases of one decoded token, against the torch backend in float64: twenty steps and the memory then.
 
 Three sequences of unequal length decode together; two fill their block on the way, one has never had a full one. Both
-sides start from the same memory and see the same tokens, so what is kept must be the same rows, bit for bit.
+sides start from the same memory and see the same tokens, so what the memory holds must be the same rows, bit for bit.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def cases() -> list[tuple[str, Callable[[], dict[str, float]]]]:
 def limit(name: str, output: str) -> float:
     """The largest error of any output; what is copied is copied exactly."""
     dtype = name.split()[2]
-    return {"o": LIMITS[dtype][0], "o of the state": 1e-5, "score": 1e-5, "state": 1e-5, "kept": 1e-12,
+    return {"o": LIMITS[dtype][0], "o of the state": 1e-5, "score": 1e-5, "state": 1e-5, "memory": 1e-12,
             "y": LIMITS[dtype][0], "tail": 1e-12}[output]
 
 
@@ -50,28 +50,28 @@ def measure(*, dtype: torch.dtype, key: int, value: int, heads: int = 2, block: 
             sink: bool = True, device: str = "cuda") -> dict[str, float]:
     """Errors of the outputs of all steps and of the memory after them, of sequences of so many tokens `before`."""
     made = attention_inputs(len(before), max(before) + steps, heads, key, value, dtype, 0, device)
-    narrow = {n: x.detach() for n, x in made.items()} | ({} if sink else {"sink": None})
-    wide = {n: None if x is None else x.double() for n, x in narrow.items()}
+    given = {n: x.detach() for n, x in made.items()} | ({} if sink else {"sink": None})
+    exact_inputs = {n: None if x is None else x.double() for n, x in given.items()}
     options = {"score": score, "read_norm": read_norm}
-    memory = _memory(narrow, before, {"block": block, "slots": slots, **options})
-    exact = HolaState(**{n: x.double() if x.is_floating_point() else x.clone() for n, x in vars(memory).items()})
+    memory = _memory(given, before, {"block": block, "slots": slots, **options})
+    exact = memory.map(lambda x: x.double() if x.is_floating_point() else x.clone())
     found, expected = [], []
     for step in range(steps):
         with poisoned():
-            found.append(hola_attention_step(**_token(narrow, before, step), **options, state=memory, backend="triton"))
-        expected.append(hola_attention_step(**_token(wide, before, step), **options, state=exact, backend="torch"))
-    kept = float((memory.cache_position != exact.cache_position).any() or (memory.length != exact.length).any())
-    held = [getattr(memory, n) for n in ("cache_k", "cache_v", "open_k", "open_v")]
-    kept += sum(relative_error(x, getattr(exact, n)) for n, x in zip(("cache_k", "cache_v", "open_k", "open_v"), held,
-                                                                    strict=True))
-    narrow_token, wide_token = ({n: x for n, x in _token(tokens, before, steps - 1).items() if n in TOKENS}
-                                for tokens in (narrow, wide))
-    delta, _ = gated_delta_step(**narrow_token, state=memory.state.clone(), backend="triton")
-    wanted, _ = gated_delta_step(**wide_token, state=exact.state.clone(), backend="torch")
+            found.append(hola_attention_step(**_token(given, before, step), **options, state=memory, backend="triton"))
+        token = _token(exact_inputs, before, step)
+        expected.append(hola_attention_step(**token, **options, state=exact, backend="torch"))
+    memory_error = float((memory.cache_position != exact.cache_position).any() or (memory.length != exact.length).any())
+    memory_error += sum(relative_error(getattr(memory, n), getattr(exact, n))
+                        for n in ("cache_k", "cache_v", "open_k", "open_v"))
+    given_token, exact_token = ({n: x for n, x in _token(tokens, before, steps - 1).items() if n in TOKENS}
+                                for tokens in (given, exact_inputs))
+    delta, _ = gated_delta_step(**given_token, state=memory.state.clone(), backend="triton")
+    wanted, _ = gated_delta_step(**exact_token, state=exact.state.clone(), backend="torch")
     scores = [x.cache_score.masked_fill(x.cache_position < 0, 0) for x in (memory, exact)]
     return {"o": relative_error(torch.stack(found), torch.stack(expected)),
             "o of the state": relative_error(delta, wanted), "state": relative_error(memory.state, exact.state),
-            "score": relative_error(*scores), "kept": kept}
+            "score": relative_error(*scores), "memory": memory_error}
 
 
 def measure_conv(*, dtype: torch.dtype, width: int, channels: int = 520, device: str = "cuda") -> dict[str, float]:
@@ -86,13 +86,13 @@ def measure_conv(*, dtype: torch.dtype, width: int, channels: int = 520, device:
     return {"y": relative_error(torch.stack(found), torch.stack(expected)), "tail": relative_error(tail, exact)}
 
 
-def _memory(narrow: dict[str, Tensor | None], before: tuple[int, ...], options: dict[str, Any]) -> HolaState:
-    """What the sequences remember of their first tokens."""
+def _memory(given: dict[str, Tensor | None], before: tuple[int, ...], options: dict[str, Any]) -> HolaState:
+    """The memory of the sequences after their first tokens."""
     packed = {n: torch.cat([x[row, :n_before] for row, n_before in enumerate(before)])[None] if n in TOKENS else x
-              for n, x in narrow.items()}
-    cuts = torch.tensor([0, *before]).cumsum(0)
+              for n, x in given.items()}
+    cu_seqlens = torch.tensor([0, *before]).cumsum(0)
     with torch.no_grad():
-        return hola_attention(**packed, **options, cu_seqlens=cuts, return_state=True, backend="torch")[1]
+        return hola_attention(**packed, **options, cu_seqlens=cu_seqlens, return_state=True, backend="torch")[1]
 
 
 def _token(inputs: dict[str, Tensor | None], before: tuple[int, ...], step: int) -> dict[str, Tensor | None]:

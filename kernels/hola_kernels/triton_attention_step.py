@@ -5,8 +5,8 @@
     close    where a block is full: the w best of cache and block stay, in order of position
 
 All of it is bounded by the memory's shapes: no launch depends on a length, nothing is read on the host, so a
-CUDA graph of the step serves every token. A step reads what the layer remembers once (K V floats a head and up to w + C
-keys and values), writes the state back, and copies rows of the cache once in C tokens.
+CUDA graph of the step serves every token. A step reads the memory once (K V floats a head and up to w + C keys and
+values), writes the state back, and copies rows of the cache once in C tokens.
 """
 
 from __future__ import annotations
@@ -16,9 +16,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from hola_kernels.exact_cache.triton_select import _sortable
+from hola_kernels.exact_cache.triton_select import sortable_key
 from hola_kernels.integers import next_power_of_2
 from hola_kernels.norms import L2_EPS, RMS_EPS
+from hola_kernels.options import CacheOptions
 from hola_kernels.state import HolaState
 
 VALUE_TILE = 32  # columns of S a program owns
@@ -66,15 +67,15 @@ def _read_kernel(q, k, v, beta, o_state, square, rank, gamma_q, gamma_k, gate, s
                  K: tl.constexpr, V: tl.constexpr, TILES: tl.constexpr, T: tl.constexpr, SCORE: tl.constexpr,
                  SINK: tl.constexpr, MEAN: tl.constexpr, EPS: tl.constexpr):
     """One program a sequence and head. Registers: tiles [T, K] and [T, V], the sum [V]. `length` is still without the
-    token, whose own key and value are taken as they are kept."""
+    token, whose own key and value are read as they are stored."""
     row = tl.program_id(0)
     n, h = row // H, row % H
     dim, col = tl.arange(0, K), tl.arange(0, V)
-    place = (tl.load(length + n) % block).to(tl.int32)
+    offset = (tl.load(length + n) % block).to(tl.int32)
     b = tl.load(beta + row).to(tl.float32)
     k_K = tl.load(k + row * K + dim).to(open_k.dtype.element_ty)
     v_V = tl.load(v + row * V + col).to(open_v.dtype.element_ty)
-    mine = (n.to(tl.int64) * block + place) * H + h
+    mine = (n.to(tl.int64) * block + offset) * H + h
     tl.store(open_k + mine * K + dim, k_K)
     tl.store(open_v + mine * V + col, v_V)
     if SCORE <= 1:
@@ -103,11 +104,11 @@ def _read_kernel(q, k, v, beta, o_state, square, rank, gamma_q, gamma_k, gate, s
         at = row.to(tl.int64) * slots + slot
         seen = tl.load(cache_position + at, mask=slot < slots, other=-1) >= 0
         most, total, sum_V = _more(cache_k, cache_v, at, seen, query_K, most, total, sum_V, dim, col, K, V, MEAN, EPS)
-    for start in range(0, place, T):
+    for start in range(0, offset, T):
         token = start + tl.arange(0, T)
         at = (n.to(tl.int64) * block + token) * H + h
-        most, total, sum_V = _more(open_k, open_v, at, token < place, query_K, most, total, sum_V, dim, col, K, V, MEAN,
-                                   EPS)
+        most, total, sum_V = _more(open_k, open_v, at, token < offset, query_K, most, total, sum_V, dim, col, K, V,
+                                   MEAN, EPS)
     o_V = tl.load(o_state + row * V + col) + tl.sigmoid(tl.load(gate + h).to(tl.float32)) * sum_V / total
     tl.store(out + row * V + col, o_V.to(out.dtype.element_ty))
 
@@ -125,16 +126,16 @@ def _close_kernel(length, cache_score, cache_position, cache_k, cache_v, open_k,
     n, h = row // H, row % H
     seen = tl.load(length + n)
     if seen % block == 0:
-        mine, opened = row.to(tl.int64) * slots, n.to(tl.int64) * block
+        mine, open_row = row.to(tl.int64) * slots, n.to(tl.int64) * block
         at = tl.arange(0, CANDIDATES)
         is_slot, token = at < slots, at - slots
         is_open = (token >= 0) & (token < block)
         position = tl.load(cache_position + mine + at, mask=is_slot, other=-1)
         position = tl.where(is_open, seen - block + token, position)
         kept_score = tl.load(cache_score + mine + at, mask=is_slot, other=0.0)
-        new_score = tl.load(open_score + (opened + token) * H + h, mask=is_open, other=0.0)
+        new_score = tl.load(open_score + (open_row + token) * H + h, mask=is_open, other=0.0)
         score = tl.where(is_open, new_score, kept_score)
-        key = tl.where(position >= 0, _sortable(score), 0)
+        key = tl.where(position >= 0, sortable_key(score), 0)
         threshold = tl.full((), 0, tl.uint32)
         for i in range(32):
             probe = threshold | (tl.full((), 2147483648, tl.uint32) >> i)
@@ -142,12 +143,12 @@ def _close_kernel(length, cache_score, cache_position, cache_k, cache_v, open_k,
         above = tl.sum((key > threshold).to(tl.int32))
         equal = ((key == threshold) & (position >= 0)).to(tl.int32)
         keep = (key > threshold) | ((equal > 0) & (tl.cumsum(equal, 0) <= slots - above))
-        place = tl.cumsum(keep.to(tl.int32), 0) - 1
+        target = tl.cumsum(keep.to(tl.int32), 0) - 1
         written = tl.sum(keep.to(tl.int32))
         tl.debug_barrier()  # all candidates are read before any is overwritten
-        tl.store(cache_score + mine + place, score, mask=keep)
-        tl.store(cache_position + mine + place, position, mask=keep)
-        tl.store(source + mine + place, at, mask=keep)
+        tl.store(cache_score + mine + target, score, mask=keep)
+        tl.store(cache_position + mine + target, position, mask=keep)
+        tl.store(source + mine + target, at, mask=keep)
         every = tl.arange(0, SLOTS)
         is_empty = (every >= written) & (every < slots)
         tl.store(cache_score + mine + every, tl.full((SLOTS,), float("-inf"), tl.float32), mask=is_empty)
@@ -157,24 +158,24 @@ def _close_kernel(length, cache_score, cache_position, cache_k, cache_v, open_k,
         for start in range(0, slots, T):
             slot = start + tl.arange(0, T)
             origin = tl.load(source + mine + slot, mask=slot < slots, other=-1)
-            _move(cache_k, open_k, mine, opened, slot, origin, slots, H, h, K)
-            _move(cache_v, open_v, mine, opened, slot, origin, slots, H, h, V)
+            _move(cache_k, open_k, mine, open_row, slot, origin, slots, H, h, K)
+            _move(cache_v, open_v, mine, open_row, slot, origin, slots, H, h, V)
         tl.debug_barrier()  # the last rows are read
         for start in range(0, block, T):
             left = start + tl.arange(0, T)
-            to = (opened + left) * H + h
+            to = (open_row + left) * H + h
             _clear(open_k, to, left < block, K)
             _clear(open_v, to, left < block, V)
             tl.store(open_score + to, tl.zeros_like(to).to(tl.float32), mask=left < block)
 
 
 @triton.jit
-def _move(cache, opened_rows, mine, opened, slot, origin, slots, H, h, WIDTH: tl.constexpr):
+def _move(cache, open_rows, mine, open_row, slot, origin, slots, H, h, WIDTH: tl.constexpr):
     """Rows `origin` of cache and then open block to the slots `slot`; zeros where origin is -1."""
     dim = tl.arange(0, WIDTH)
     held = tl.load(cache + (mine + origin)[:, None] * WIDTH + dim[None, :],
                    mask=((origin >= 0) & (origin < slots))[:, None], other=0.0)
-    fresh = tl.load(opened_rows + ((opened + origin - slots) * H + h)[:, None] * WIDTH + dim[None, :],
+    fresh = tl.load(open_rows + ((open_row + origin - slots) * H + h)[:, None] * WIDTH + dim[None, :],
                     mask=(origin >= slots)[:, None], other=0.0)
     rows = tl.where((origin >= slots)[:, None], fresh.to(held.dtype), held)
     tl.debug_barrier()
@@ -204,21 +205,21 @@ def state_step(*, q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, beta: Tens
 
 
 def attention_step_triton(*, q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, beta: Tensor, gamma_q: Tensor,
-                          gamma_k: Tensor, gate: Tensor, sink: Tensor | None, state: HolaState, score: str,
-                          read_norm: str, rank: Tensor | None) -> Tensor:
-    """As hola_attention_step, o [N, H, V] in v's dtype. rank [N, H]: the token's, where `score` is none of SCORES."""
+                          gamma_k: Tensor, gate: Tensor, sink: Tensor | None, state: HolaState,
+                          options: CacheOptions, rank: Tensor | None) -> Tensor:
+    """As hola_attention_step, o [N, H, V] in v's dtype. rank [N, H]: where options.score is none of SCORES."""
     (sequences, heads, value_dim), key_dim = v.shape, k.shape[2]
     q, k, v, log_decay, beta = (x.contiguous() for x in (q, k, v, log_decay, beta))
     gamma_q, gamma_k, gate, sink = (None if x is None else x.contiguous() for x in (gamma_q, gamma_k, gate, sink))
     o_state, square = state_step(q=q, k=k, v=v, log_decay=log_decay, beta=beta, state=state.state)
-    out = torch.empty_like(v)
+    out, is_rms = torch.empty_like(v), options.read_norm == "rms"
     sizes = (heads, state.slots, state.block)
     _read_kernel[(sequences * heads,)](
         q, k, v, beta, o_state, square, o_state if rank is None else rank.contiguous(), gamma_q, gamma_k, gate,
         o_state if sink is None else sink, state.cache_k, state.cache_v, state.cache_position, state.open_k,
         state.open_v, state.open_score, state.length, out, *sizes, K=key_dim, V=value_dim, TILES=square.shape[2],
-        T=ROWS, SCORE=SCORES.get(score, len(SCORES)), SINK=sink is not None,
-        MEAN=1.0 / key_dim if read_norm == "rms" else 1.0, EPS=RMS_EPS if read_norm == "rms" else L2_EPS, num_warps=4)
+        T=ROWS, SCORE=SCORES.get(options.score, len(SCORES)), SINK=sink is not None,
+        MEAN=1.0 / key_dim if is_rms else 1.0, EPS=RMS_EPS if is_rms else L2_EPS, num_warps=4)
     state.length += 1
     source = torch.empty(state.cache_score.shape, dtype=torch.int32, device=v.device)
     _close_kernel[(sequences * heads,)](

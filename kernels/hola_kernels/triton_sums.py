@@ -1,6 +1,6 @@
 """Sums of what a backward pass's programs leave, [parts, N] -> [N]: one launch, always in the same order.
 
-A program owns a strip of columns, narrow enough that most multiprocessors have one; the result is cast in the same
+A program owns a strip of so few columns that most multiprocessors have one; the result is cast in the same
 launch. torch's sum over the first axis took some 13 us in a training step, and the cast came on top.
 For 512 parts of 4,096 numbers: 8.4 MB, just written and so mostly read from L2.
 """

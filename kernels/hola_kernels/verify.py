@@ -12,7 +12,6 @@ import argparse
 import importlib
 import importlib.util
 import sys
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import ModuleType
@@ -22,8 +21,10 @@ from torch import Tensor
 
 from hola_kernels.backend import triton_problem
 from hola_kernels.verify_jobs import in_processes, visible_gpus
+from hola_kernels.verify_rows import rows_of
 
-OPERATIONS = ("gated_delta", "exact_cache", "short_conv", "gated_norm", "gates", "rms_norm", "swiglu", "cross_entropy")
+OPERATIONS = ("gated_delta", "exact_cache", "kept_attention", "short_conv", "gated_norm", "gates", "rms_norm", "swiglu",
+              "cross_entropy", "rotary", "softmax_attention")
 Case = tuple[str, Callable[[], dict[str, float]]]
 
 
@@ -37,8 +38,8 @@ def main(arguments: list[str]) -> int:
         parser.error(f"--jobs: {options.jobs} must be at least 1")
     problem = triton_problem("cuda") if torch.cuda.is_available() else "no CUDA device"
     if problem:
-        print(f"nothing to verify here: {problem}; without a GPU `pytest tests/kernels` interprets the kernels",
-              file=sys.stderr)
+        print(f"nothing to verify here: {problem}; without a GPU `TRITON_INTERPRET=1 pytest tests/kernels` interprets "
+              "the kernels", file=sys.stderr)
         return 2
     import triton
 
@@ -65,34 +66,25 @@ def case_modules() -> list[ModuleType]:
     return [importlib.import_module(name) for name in names if importlib.util.find_spec(name)]
 
 
-def rows_of(chosen: list[tuple[str, str]]) -> Iterator[tuple[str, bool]]:
-    """(row of the table, passed) of every (module, case) in `chosen`, one after the other."""
-    wanted = dict.fromkeys(module for module, _ in chosen)
-    for module in map(importlib.import_module, wanted):
-        names = {name for of, name in chosen if of == module.__name__}
-        for name, run in module.cases():
-            if name in names:
-                yield _row(name, run, module.limit)
-
-
-def _row(name: str, run: Callable[[], dict[str, float]], limit: Callable[[str, str], float]) -> tuple[str, bool]:
-    begin = time.perf_counter()
-    try:
-        errors = run()
-    except Exception as error:  # a kernel that does not launch is a row of the table, not the end of the sweep
-        said = (str(error).splitlines() or [""])[0][:100]
-        return f"| {name} | {type(error).__name__}: {said} | | | FAILED |", False
-    share = {output: error / limit(name, output) for output, error in errors.items()}
-    passed = all(part <= 1 for part in share.values())  # NaN compares false
-    worst = max(share, key=lambda output: float("inf") if share[output] != share[output] else share[output])
-    seconds, verdict = time.perf_counter() - begin, "" if passed else "FAILED"
-    return f"| {name} | {worst} {errors[worst]:.1e} | {100 * share[worst]:.0f} % | {seconds:.1f} | {verdict} |", passed
-
-
 def relative_error(found: Tensor, expected: Tensor) -> float:
     """RMS of the difference over RMS of what is expected; NaN where anything is."""
     scale = expected.detach().double().norm().clamp_min(1e-30)
     return float((found.detach().double() - expected.detach().double()).norm() / scale)
+
+
+def against_float64(run: Callable[..., tuple[Tensor, ...]], inputs: dict[str, Tensor],
+                    gradients: list[Tensor]) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+    """(found, expected): the outputs of run(backend, **inputs) and the gradients of all inputs; found by the triton
+    backend with new tensors poisoned, expected by the torch backend in float64. gradients: of the first outputs."""
+    def results(backend: str, leaves: dict[str, Tensor], incoming: list[Tensor]) -> tuple[Tensor, ...]:
+        outputs = run(backend, **leaves)
+        return *outputs, *torch.autograd.grad(outputs[: len(incoming)], list(leaves.values()), incoming)
+
+    leaves = {name: x.detach().requires_grad_() for name, x in inputs.items()}
+    exact = {name: x.detach().double().requires_grad_() for name, x in inputs.items()}
+    with poisoned():
+        found = results("triton", leaves, gradients)
+    return found, results("torch", exact, [dy.double() for dy in gradients])
 
 
 @contextmanager

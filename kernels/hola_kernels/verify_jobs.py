@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 
+from hola_kernels.verify_rows import rows_of
+
 Chosen = list[tuple[str, str]]  # (module that holds the case, its name)
 CASES = 3  # of one task: neighbours share kernels
 
@@ -39,7 +41,7 @@ def visible_gpus() -> list[str]:
 
 
 def _work(task: Chosen) -> int:
-    """About how long a task takes, in no unit: wide float32 products are the slowest to compile."""
+    """About how long a task takes, a relative number: float32 products over large widths are the slowest to compile."""
     return sum(int((re.search(r"K=(\d+)", name) or [0, 64])[1]) * (4 if "float32" in name else 1)
                * (6 if re.search("split|long|busy", name) else 1) for _, name in task)
 
@@ -50,8 +52,6 @@ def _take_gpu(turns: Any) -> None:
 
 
 def _rows(task: Chosen) -> list[tuple[str, bool]]:
-    from hola_kernels.verify import rows_of  # which imports this module
-
     rows = list(rows_of(task))
     if torch.cuda.is_initialized():
         torch.cuda.empty_cache()  # others are on this GPU
@@ -62,5 +62,5 @@ def _result(future: Future, task: Chosen) -> list[tuple[str, bool]]:
     try:
         return future.result()
     except Exception as error:  # the process, not a case: those are rows
-        said = (str(error).splitlines() or [""])[0][:100]
-        return [(f"| {name} | {type(error).__name__}: {said} | | | FAILED |", False) for _, name in task]
+        message = (str(error).splitlines() or [""])[0][:100]
+        return [(f"| {name} | {type(error).__name__}: {message} | | | FAILED |", False) for _, name in task]

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
+from hola_megatron.checkpoint import reading
 from hola_megatron.checkpoint.folder import (
     FORMAT,
     file_digest,
@@ -16,9 +20,10 @@ from hola_megatron.checkpoint.folder import (
     finish_writing,
     newest_usable,
     open_checkpoint,
-    retire,
+    prune,
     start_writing,
 )
+from hola_megatron.checkpoint.reading import CheckpointUnreadable
 from hola_megatron.checkpoint.tensors import TensorReader, shard_entry
 from hola_megatron.errors import CheckpointError
 
@@ -59,6 +64,91 @@ def test_damage_of_every_kind_is_named_and_passed_over(tmp_path):
     assert all("step_0000000" in said for said in passed_over)
 
 
+def test_what_cannot_be_read_is_not_called_damaged_and_no_older_one_is_used(tmp_path, capsys):
+    make(tmp_path, 1)
+    path = make(tmp_path, 2) / "manifest.json"
+    path.unlink()
+    path.symlink_to("/proc/self/mem")  # the kernel answers EIO for the first page of a process
+    with pytest.raises(CheckpointUnreadable, match=r"manifest.json: cannot be read .*tried 4 times.*may be complete"):
+        newest_usable(tmp_path)
+    assert capsys.readouterr().out.count(f"reading again | {path}: ") == 3
+
+
+def test_a_refused_read_is_tried_again(tmp_path, monkeypatch):
+    make(tmp_path, 1)
+    path = make(tmp_path, 2) / "manifest.json"
+    content = path.read_bytes()
+    path.unlink()
+    path.symlink_to("/proc/self/mem")
+
+    def mend(seconds: float) -> None:
+        path.unlink()
+        path.write_bytes(content)
+
+    monkeypatch.setattr(reading.time, "sleep", mend)
+    assert newest_usable(tmp_path) == (open_checkpoint(path.parent), [])
+
+
+def test_a_wrong_permission_is_not_damage(tmp_path, monkeypatch):
+    monkeypatch.setattr(reading.time, "sleep", lambda seconds: None)
+    make(tmp_path, 1)
+    make(tmp_path, 2)
+    root = os.geteuid() == 0
+    newest = tmp_path / "step_00000002"
+    places = (newest / "weights-00000.safetensors", newest / "manifest.json", newest, tmp_path)
+    for place in places:
+        mode = place.stat().st_mode
+        place.chmod(0)
+        if root:  # who may read anything
+            for folder in (tmp_path.parents[1], tmp_path.parent, tmp_path):
+                folder.chmod(folder.stat().st_mode | 0o055 if folder != place else 0)
+            os.seteuid(65534)
+        try:
+            for find in (newest_usable, find_checkpoint):
+                with pytest.raises(CheckpointUnreadable, match="Permission denied"):
+                    find(tmp_path)
+        finally:
+            if root:
+                os.seteuid(0)
+            place.chmod(mode)
+
+
+def test_a_copy_under_another_name_is_not_the_newest_and_is_not_removed(tmp_path):
+    for step in (15, 30):
+        make(tmp_path, step)
+    copies = [tmp_path / "step_00000099", tmp_path / "step_000000015", tmp_path / "step_00000003"]
+    for copy in copies:
+        shutil.copytree(tmp_path / "step_00000015", copy)
+    found, passed_over = newest_usable(tmp_path)
+    assert found.step == 30 and len(passed_over) == 1
+    assert "step_00000099: holds step 15, so it is a copy under another name; rename it step_00000015" in passed_over[0]
+    prune(tmp_path, 1, None)
+    assert all(copy.exists() for copy in copies) and not (tmp_path / "step_00000015").exists()
+    make(tmp_path, 99)
+    assert newest_usable(tmp_path)[0].step == 99
+    assert open_checkpoint(tmp_path / "step_00000099.copy-1").step == 15
+
+
+def test_the_batch_script_counts_no_copy_as_progress(tmp_path):
+    for step in (15, 30):
+        make(tmp_path / "checkpoints", step)
+    shutil.copytree(tmp_path / "checkpoints/step_00000015", tmp_path / "checkpoints/step_00000099")
+    script = """eval "$(sed -n '/^newest_step()/,/^}/p' slurm/common.sh)"; newest_step"""
+    done = subprocess.run(["bash", "-c", script], cwd=Path(__file__).parents[2], check=True,
+                          env={**os.environ, "run": str(tmp_path)}, capture_output=True, text=True)
+    assert done.stdout == "30\n" and not done.stderr
+
+
+def test_a_reader_that_is_given_a_run_does_not_take_an_older_checkpoint_by_itself(tmp_path):
+    for step in (1, 2):
+        make(tmp_path, step)
+    flip_a_bit(tmp_path / "step_00000002/weights-00000.safetensors")
+    with pytest.raises(CheckpointError, match=r"step_00000002/weights.*: damaged.*the newest usable checkpoint is .*"
+                                              r"step_00000001: give that folder"):
+        find_checkpoint(tmp_path)
+    assert find_checkpoint(tmp_path / "step_00000001").step == 1
+
+
 def test_a_killed_save_leaves_nothing_that_counts(tmp_path):
     make(tmp_path, 1)
     half = start_writing(tmp_path, 2)
@@ -71,7 +161,7 @@ def test_a_killed_save_leaves_nothing_that_counts(tmp_path):
 def test_retention_keeps_newest_and_milestones(tmp_path):
     for step in range(1, 8):
         make(tmp_path, step)
-    gone = retire(tmp_path, keep=2, keep_every=3)
+    gone = prune(tmp_path, keep=2, keep_every=3)
     assert sorted(int(p.name[-1]) for p in gone) == [1, 2, 4, 5]
     assert sorted(int(p.name[-1]) for p in tmp_path.iterdir()) == [3, 6, 7]
 

@@ -21,7 +21,7 @@ from hola_megatron.config import build_recipe
 from hola_megatron.data.stream import Batch
 from hola_megatron.engine.fp8_state import fp8_tensors, restore_fp8
 from hola_megatron.engine.megatron import MegatronEngine
-from hola_megatron.parallel.groups import start
+from hola_megatron.startup.start import start
 
 HISTORY = 5
 

@@ -13,23 +13,25 @@ import torch
 from checkpoint.kill_points import RANKS, held, write
 from helpers import start_program
 
-from hola_megatron.checkpoint.folder import FORMAT, MANIFEST, newest_usable, open_checkpoint, retire, start_writing
-from hola_megatron.checkpoint.writer import BackgroundWriter, Held, put_together, write_rank
+from hola_megatron.checkpoint.folder import FORMAT, MANIFEST, newest_usable, open_checkpoint, prune, start_writing
+from hola_megatron.checkpoint.writer import BackgroundWriter, HostSnapshot, assemble, write_rank
 from hola_megatron.errors import CheckpointError
 
 
-def test_killed_at_every_line_of_a_save(tmp_path):
+@pytest.mark.parametrize(("stride", "least"), [(8, 20), pytest.param(1, 80, marks=pytest.mark.long)],
+                         ids=["every eighth line and state", "every line"])
+def test_killed_at_the_lines_of_a_save(stride, least, tmp_path):
     """The old or the new checkpoint is there and whole, and the next save works; both kinds of save side by side."""
-    programs = {kind: start_program(["tests/checkpoint/kill_points.py", kind], tmp_path / kind)
+    programs = {kind: start_program(["tests/checkpoint/kill_points.py", kind, str(stride)], tmp_path / kind)
                 for kind in ("next", "again")}
     try:
-        codes = [program.wait(300) for program in programs.values()]
+        codes = [program.wait(500) for program in programs.values()]
     finally:
         for program in programs.values():
             program.kill()
     said = "".join((tmp_path / kind).read_text() for kind in programs)
     survived = [int(n) for n in re.findall(r": (\d+) kills survived", said)]
-    assert codes == [0, 0] and len(survived) == 2 and min(survived) > 80, said
+    assert codes == [0, 0] and len(survived) == 2 and min(survived) > least, said
 
 
 def test_a_rank_that_died_while_another_waits_leaves_no_checkpoint(tmp_path):
@@ -57,7 +59,7 @@ def test_what_fails_after_saving_does_not_deny_the_checkpoint(tmp_path, capsys):
 def test_a_full_disk_is_named_and_nothing_is_lost(tmp_path):
     write(tmp_path, 1)
     folder = start_writing(tmp_path, 2)
-    big = Held({"weights-00000.safetensors": {"w": torch.zeros(1 << 18)}}, {"weight": {}})
+    big = HostSnapshot({"weights-00000.safetensors": {"w": torch.zeros(1 << 18)}}, {"weight": {}})
     writer = BackgroundWriter(0, 1)
     # the kernel refuses writes beyond this size to this process: EFBIG where a full disk says ENOSPC
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -102,8 +104,8 @@ def test_unhealthy_checkpoints_do_not_push_out_healthy_ones(tmp_path):
         folder = start_writing(tmp_path, step)
         for rank in range(RANKS):
             write_rank(held(step, rank), rank, folder)
-        put_together(folder, RANKS, {"format": FORMAT, "step": step, "healthy": healthy}, lambda: False)
-        retire(tmp_path, 1, None)
+        assemble(folder, RANKS, {"format": FORMAT, "step": step, "healthy": healthy}, lambda: False)
+        prune(tmp_path, 1, None)
     assert sorted(p.name for p in tmp_path.iterdir()) == [f"step_0000000{n}" for n in (2, 3, 4)]
     assert newest_usable(tmp_path)[0].step == 4 and newest_usable(tmp_path, healthy=True)[0].step == 2
 
@@ -113,16 +115,16 @@ def test_a_damaged_checkpoint_does_not_push_out_a_whole_one(tmp_path):
         folder = start_writing(tmp_path, step)
         for rank in range(RANKS):
             write_rank(held(step, rank), rank, folder)
-        path = put_together(folder, RANKS, {"format": FORMAT, "step": step, "healthy": step != 3}, lambda: False)
+        path = assemble(folder, RANKS, {"format": FORMAT, "step": step, "healthy": step != 3}, lambda: False)
         if step == 2:
             next(path.glob("*.safetensors")).write_bytes(b"")
-        retire(tmp_path, 1, None)
+        prune(tmp_path, 1, None)
     assert newest_usable(tmp_path, healthy=True)[0].step == 1
 
 
 def test_training_goes_on_while_it_is_written(tmp_path):
     """The writing thread gives the interpreter away: this thread counts on."""
-    big = Held({"weights-00000.safetensors": {"w": torch.zeros(1 << 26)}}, {"weight": {}})  # 256 MiB
+    big = HostSnapshot({"weights-00000.safetensors": {"w": torch.zeros(1 << 26)}}, {"weight": {}})  # 256 MiB
     writer = BackgroundWriter(0, 1)
     writer.start(big, start_writing(tmp_path, 1), {"format": FORMAT, "step": 1})
     began, longest = time.perf_counter(), 0.0

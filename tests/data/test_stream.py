@@ -1,5 +1,6 @@
 """Reading: damage is always named, the order depends on nothing but the seed, batches mean what they say."""
 
+import hashlib
 import json
 import os
 import shutil
@@ -11,7 +12,7 @@ import pytest
 import torch
 from corpus import forked, make_documents, run_tool, write_jsonl
 
-from hola_megatron.data import shards
+from hola_megatron.data import remote
 from hola_megatron.data.order import CYCLE, SHARDS_PER_WINDOW, SampleOrder, StreamOrder
 from hola_megatron.data.packing import Sample
 from hola_megatron.data.prepare import PrepareOptions, prepare
@@ -117,30 +118,63 @@ def move_sample(index: dict) -> None:
     index["shards"][1]["samples"] -= 1
 
 
+def sign_index(folder: Path) -> None:
+    """Make dataset.json belong to the index as it is now."""
+    index = hashlib.sha256((folder / "index.json").read_bytes()).hexdigest()
+    edit(folder / "dataset.json", lambda d: d.update(index_sha256=index))
+
+
 BROKEN = {
     "index gone": (lambda f: (f / "index.json").unlink(), "no index.json, so this is not a prepared dataset"),
     "record gone": (lambda f: (f / "dataset.json").unlink(), "no dataset.json, so this is not"),
-    "index no json": (lambda f: (f / "index.json").write_text("{"), "index.json is not valid JSON"),
-    "index no object": (lambda f: (f / "index.json").write_text("[]"), "index.json is not a JSON object"),
+    "index no json": (lambda f: (f / "index.json").write_text("{"), "index.json is damaged .not valid JSON"),
+    "index no object": (lambda f: (f / "index.json").write_text("[]"), "index.json is damaged .*valid dictionary"),
     "no shards": (lambda f: (f / "index.json").write_text('{"shards": []}'), "index.json lists no shards"),
     "version": (lambda f: edit(f / "dataset.json", lambda d: d.update(format_version=9)), "format_version|reads .* 1"),
-    "lacks": (lambda f: edit(f / "dataset.json", lambda d: d.pop("samples")), "dataset.json lacks samples"),
+    "lacks": (
+        lambda f: edit(f / "dataset.json", lambda d: d.pop("samples")),
+        "dataset.json is damaged .samples: is missing",
+    ),
     "counts": (lambda f: edit(f / "dataset.json", lambda d: d.update(samples=5)), "dataset.json says 5"),
     "length": (lambda f: edit(f / "dataset.json", lambda d: d.update(sequence_length=32)), "for sequence length 32"),
     "no hash": (
         lambda f: edit(f / "index.json", lambda d: d["shards"][1]["raw_data"].update(hashes={})),
         "shard 1 is not",
     ),
-    "zip": (lambda f: edit(f / "index.json", lambda d: d["shards"][0].update(zip_data={"x": 1})), "shard 0 is not"),
+    "zip": (lambda f: edit(f / "index.json", lambda d: d["shards"][0].update(zip_data={"x": 1})), "shards.0.zip_data"),
     "pickle": (
         lambda f: edit(f / "index.json", lambda d: d["shards"][0].update(column_encodings=["int", "pkl", "pkl"])),
         "shard 0 is not an uncompressed MDS shard",
     ),
     "outside": (
         lambda f: edit(f / "index.json", lambda d: d["shards"][0]["raw_data"].update(basename="../x.mds")),
-        "shard 0 is not",
+        "must be the name of a file",
     ),
-    "sample counts": (lambda f: edit(f / "index.json", move_sample), r"holds \d+ samples, the index says \d+"),
+    "sample counts": (
+        lambda f: (edit(f / "index.json", move_sample), sign_index(f)), r"holds \d+ samples, the index says \d+"
+    ),
+    "two preparations": (
+        lambda f: edit(f / "index.json", lambda d: d.update(more=1)), "index.json is not the one that dataset.json was",
+    ),
+    "listed twice": (
+        lambda f: edit(f / "index.json", lambda d: d["shards"].append(d["shards"][0])), "two shards are one file",
+    ),
+    "shards no list": (lambda f: (f / "index.json").write_text('{"shards": {"a": 1}}'), "index.json is damaged"),
+    "nested": (lambda f: (f / "index.json").write_text("[" * 100_000), "index.json is damaged .nested"),
+    "half a sample": (
+        lambda f: edit(f / "index.json", lambda d: d["shards"][0].update(samples=1.5)), "shards.0.samples",
+    ),
+    "name of a folder": (
+        lambda f: edit(f / "index.json", lambda d: d["shards"][0]["raw_data"].update(basename="..")),
+        "must be the name of a file",
+    ),
+    "tokens no number": (
+        lambda f: edit(f / "dataset.json", lambda d: d.update(tokens="many")),
+        "tokens: input should be a valid integer, found 'many'",
+    ),
+    "no vocabulary": (
+        lambda f: edit(f / "dataset.json", lambda d: d.update(tokenizer=[])), "tokenizer: input should be"
+    ),
 }
 
 
@@ -177,10 +211,10 @@ def test_tokenizer_mismatch(dataset, tokenizer_specs):
 def test_remote(dataset, three, tmp_path):
     local = PackedDataset(str(dataset))
     cache = str(tmp_path / "cache")
-    remote = PackedDataset(f"file://{dataset}", cache=cache)
+    cached = PackedDataset(f"file://{dataset}", cache=cache)
     PackedDataset(f"file://{three[0].path}", cache=cache)[0]  # the same file names, no collision
-    assert remote.fingerprint == local.fingerprint
-    assert remote[0].tokens.tolist() == local[0].tokens.tolist()
+    assert cached.fingerprint == local.fingerprint
+    assert cached[0].tokens.tolist() == local[0].tokens.tolist()
     assert len(list((tmp_path / "cache").glob("out-*/*.mds"))) == 1, "only what is read is downloaded"
     assert verify_dataset(f"file://{dataset}", cache=cache).samples == len(local)
     assert not list((tmp_path / "cache").rglob("*.part*"))
@@ -202,14 +236,14 @@ def test_remote_missing(copy, tmp_path):
 
 
 def test_remote_damage_is_retried_then_named(copy, tmp_path, monkeypatch):
-    monkeypatch.setattr(shards, "FIRST_DELAY_S", 0.02)
+    monkeypatch.setattr(remote, "FIRST_DELAY_S", 0.02)
     shard = copy / "shard.00000.mds"
     flip(shard, 500)
     data = PackedDataset(f"file://{copy}", cache=str(tmp_path / "cache"))
     with pytest.raises(DataError, match=r"shard\.00000\.mds: download failed 5 times, last: has xxh64"):
         data[0]
     assert not list((tmp_path / "cache").rglob("*.mds")) or not list((tmp_path / "cache").glob("*/*.mds"))
-    monkeypatch.setattr(shards, "FIRST_DELAY_S", 0.2)
+    monkeypatch.setattr(remote, "FIRST_DELAY_S", 0.2)
     threading.Timer(0.3, flip, (shard, 500)).start()
     assert data[0].length == 65, "a passing fault is survived"
 
@@ -218,6 +252,7 @@ def test_left_overs_of_a_killed_download_go(dataset, tmp_path):
     cache = tmp_path / "cache"
     PackedDataset(f"file://{dataset}", cache=str(cache))
     folder = next(cache.glob("out-*"))
+    (folder / ".locks").mkdir()
     left = [folder / f".shard.00000.mds.{name}" for name in ("0123.part", "4567.part.tmp")]
     for path in left:
         path.write_bytes(b"half")
@@ -330,7 +365,7 @@ def test_mixture(three):
         [CYCLE * len(d) / sum(map(len, three)) for d in three], abs=1
     )
     assert Mixture(three, seed=1).names == ["d0", "d1", "d2"]
-    assert Mixture([three[0], three[0]], seed=1).names == [three[0].path] * 2
+    assert Mixture([three[0], three[0]], seed=1).names == [f"{three[0].path} (stream {n})" for n in (0, 1)]
     assert Mixture(three, [5, 3, 2], seed=9).fingerprint == mixture.fingerprint
     assert Mixture(three, [5, 2, 3], seed=1).fingerprint != mixture.fingerprint
 
@@ -430,7 +465,7 @@ def test_masks_and_cuts(dataset):
         assert joined.cu_seqlens is None
         assert joined.loss_mask.sum(1).tolist() == [s.length - 1 for s in samples]
     assert batch.tokens.dtype == batch.labels.dtype == torch.int64
-    assert batch.loss_mask.dtype == torch.float32 and batch.cu_seqlens.dtype == torch.int32
+    assert batch.loss_mask.dtype == torch.float32 and batch.cu_seqlens.dtype == torch.int64
     assert batch.to("cpu").cu_seqlens is not None and joined.to("cpu").cu_seqlens is None
 
 

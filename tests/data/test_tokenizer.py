@@ -103,6 +103,13 @@ def _no_eos(folder: Path) -> Path:
     return folder / "tokenizer.json"
 
 
+def _random(folder: Path) -> Path:
+    model = tokenizers.Tokenizer(tokenizers.models.BPE(vocab={"a": 0, "aa": 1}, merges=[("a", "a")], dropout=0.5))
+    model.add_special_tokens(["<|endoftext|>"])
+    model.save(str(folder / "tokenizer.json"))
+    return folder / "tokenizer.json"
+
+
 def _written(path: Path, data: bytes) -> Path:
     path.write_bytes(data)
     return path
@@ -116,6 +123,7 @@ def _written(path: Path, data: bytes) -> Path:
         (lambda folder: _written(folder / "t.txt", b""), "unknown suffix '.txt'"),
         (lambda folder: _written(folder / "t.json", b"{}"), "not a Hugging Face tokenizer.json"),
         (lambda folder: _written(folder / "t.model", b"nothing"), "not a sentencepiece model"),
+        (_random, "its model has dropout = 0.5, so it encodes one text in many ways"),
         (_no_eos, "none of its 0 added tokens is an end of text"),
     ],
 )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
+
 import torch
 import torch.nn.functional as F
 from context_ranks import SHARED, Case, gradients_with
@@ -11,6 +13,7 @@ from torch import Tensor
 from hola_kernels import HolaState, gated_delta_rule, hola_attention, short_conv
 from hola_kernels.attention import rank_tokens
 from hola_kernels.checks import segments_of
+from hola_kernels.gated_delta.residual import gated_delta_residual
 
 Result = tuple[Tensor, Tensor | None, dict[str, Tensor]]
 
@@ -22,11 +25,11 @@ def one_rank(case: Case) -> Result:
     if case.what == "conv":
         o = short_conv(**inputs, cu_seqlens=cuts, backend=case.backend)
     elif case.what == "attention":
-        o = softmax_attention(**inputs, cuts=cuts)
+        o = softmax_attention(**inputs, cuts=cuts, **case.options)
     elif case.what == "gdn":
         o, score, _ = gated_delta_rule(**inputs, cu_seqlens=cuts, backend=case.backend)
     else:
-        o = hola_attention(**inputs, cu_seqlens=cuts, backend=case.backend, **case.choices)
+        o = hola_attention(**inputs, cu_seqlens=cuts, backend=case.backend, **asdict(case.choices))
         score = ranks_of(case, inputs)
     return o, score, gradients_with(o, case.projection.to(o), inputs)
 
@@ -35,14 +38,21 @@ def ranks_of(case: Case, inputs: dict[str, Tensor]) -> Tensor:
     tokens = {n: inputs[n].detach() for n in ("q", "k", "v", "log_decay", "beta")}
     _, written, _ = gated_delta_rule(**tokens, cu_seqlens=case.cu_seqlens, backend=case.backend)
     cuts = segments_of(written, case.cu_seqlens)
-    return rank_tokens(case.choices.get("score", "betae"), written, tokens["v"], tokens["beta"], cuts,
-                       torch.zeros(cuts.numel() - 1, dtype=torch.int64, device=written.device))
+    tokens.pop("q")
+    residual = gated_delta_residual(**tokens, cu_seqlens=case.cu_seqlens, backend=case.backend)
+    return rank_tokens(case.choices.score, written, tokens["v"], tokens["beta"], cuts,
+                       torch.zeros(cuts.numel() - 1, dtype=torch.int64, device=written.device), residual=residual)
 
 
-def softmax_attention(q: Tensor, k: Tensor, v: Tensor, cuts: Tensor | None) -> Tensor:
+def softmax_attention(q: Tensor, k: Tensor, v: Tensor, cuts: Tensor | None, window: int | None = None) -> Tensor:
     bounds = [0, q.shape[1]] if cuts is None else cuts.tolist()
-    parts = [F.scaled_dot_product_attention(*(x[:, a:b].transpose(1, 2) for x in (q, k, v)), is_causal=True)
-             for a, b in zip(bounds[:-1], bounds[1:], strict=True) if b > a]
+    place, parts = torch.arange(q.shape[1]), []
+    back = place[:, None] - place
+    seen = (back >= 0) & (back < (window or q.shape[1]))
+    for a, b in zip(bounds[:-1], bounds[1:], strict=True):
+        if b > a:
+            document = (x[:, a:b].transpose(1, 2) for x in (q, k, v))
+            parts.append(F.scaled_dot_product_attention(*document, attn_mask=seen[: b - a, : b - a]))
     return torch.cat(parts, 2).transpose(1, 2)
 
 
@@ -72,7 +82,7 @@ def memory_before(case: Case, rank: int) -> HolaState:
     before = slice(part.start - part.before, part.start)
     past = {n: x if n in SHARED else x[:, before] for n, x in inputs.items()}
     backend = case.backend if part.before else "torch"  # no tokens at all
-    return hola_attention(**past, return_state=True, backend=backend, **case.choices)[1]
+    return hola_attention(**past, return_state=True, backend=backend, **asdict(case.choices))[1]
 
 
 def check_memory(memory: HolaState, want: HolaState, tolerance: float) -> None:

@@ -20,9 +20,11 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "kernels"))
 
 from inputs import make_inputs
 
+from hola_kernels import PackedDocuments
+from hola_kernels.options import CacheOptions
 from hola_megatron.parallel import context
 from hola_megatron.parallel.collectives import counted
-from hola_megatron.parallel.part import Part
+from hola_megatron.parallel.sequence_shard import SequenceShard
 
 SHARED = ("gamma_q", "gamma_k", "gate", "sink", "weight")
 
@@ -52,8 +54,8 @@ class Case:
         return None if self.cuts is None else torch.tensor(self.cuts, dtype=torch.int32)
 
     @property
-    def choices(self) -> dict[str, Any]:
-        return {"block": 16, "slots": 6, **self.options}
+    def choices(self) -> CacheOptions:
+        return CacheOptions(**{"block": 16, "slots": 6, **self.options})
 
     @property
     def projection(self) -> Tensor:
@@ -83,10 +85,10 @@ class Case:
         dtype = self.dtype if narrow else torch.promote_types(self.dtype, torch.float32)
         return x.detach().to(self.device, dtype).requires_grad_()
 
-    def part(self, rank: int) -> Part:
+    def part(self, rank: int) -> SequenceShard:
         if self.cuts is None:
-            return Part.of_rows(self.length // self.ranks, rank, self.ranks)
-        return Part.of_documents(self.cu_seqlens, rank, self.ranks)
+            return SequenceShard.of_rows(self.length // self.ranks, rank, self.ranks)
+        return SequenceShard.of_documents(PackedDocuments(self.cu_seqlens), rank, self.ranks)
 
 
 # 240 tokens: parts of 120 on two ranks and of 60 on four, both cut blocks of 16
@@ -112,7 +114,17 @@ CASES |= {
     "cp4_many_slots": Case(4, 240, options={"slots": 100}),
     "cp4_block_1": Case(4, 80, (0, 30, 80), options={"block": 1, "slots": 3}),
     "cp4_flat": Case(4, 240, PACKINGS["across"], options={"read_norm": "l2", "score": "e"}),
+    "cp2_window": Case(2, 240, PACKINGS["across"], options={"local": "window", "window": 20}),
+    "cp4_window": Case(4, 240, PACKINGS["bounds"], options={"local": "window", "window": 17}),
+    "cp4_window_in_a_block": Case(4, 240, PACKINGS["empty_and_single"], options={"local": "window", "window": 9}),
+    "cp4_positions": Case(4, 240, PACKINGS["across"], options={"rope_theta": 300.0, "local": "window", "window": 17}),
+    "cp2_positions": Case(2, 160, rows=2, options={"rope_theta": 300.0}),
+    "cp2_window_alone": Case(2, 160, rows=2, options={"local": "window", "window": 40, "slots": 0}),
+    "cp4_block_alone": Case(4, 240, PACKINGS["across"], options={"slots": 0}),
+    "cp4_itself": Case(4, 240, PACKINGS["across"], options={"local": "none", "read_norm": "none"}),
     "cp4_recency": Case(4, 240, PACKINGS["across"], options={"score": "recency"}),
+    "cp4_cosine": Case(4, 240, PACKINGS["across"], options={"score": "cosine"}),
+    "cp2_cosine_rows": Case(2, 160, rows=2, options={"score": "cosine"}),
     "cp4_random": Case(4, 240, PACKINGS["across"], options={"score": "random"}),
     "cp4_reference": Case(4, 80, (0, 30, 79, 80), backend="reference"),
     "cp4_gdn": Case(4, 240, PACKINGS["across"], what="gdn"),
@@ -122,6 +134,9 @@ CASES |= {
     "cp4_attention": Case(4, 240, PACKINGS["across"], what="attention"),
     "cp4_attention_singles": Case(4, 240, PACKINGS["empty_and_single"], what="attention"),
     "cp2_attention_rows": Case(2, 80, rows=2, what="attention"),
+    **{f"cp4_window_{name}_{window}": Case(4, 240, cuts, what="attention", options={"window": window})
+       for name, cuts in PACKINGS.items() for window in (2, 20, 61)},
+    "cp2_window_rows": Case(2, 80, rows=2, what="attention", options={"window": 41}),
     "shortcut_plain": Case(4, 240, shortcut=True),
     "shortcut_packed": Case(4, 240, PACKINGS["long_after_short"], shortcut=True),
     "traffic_240": Case(4, 240, dtype=torch.float32),
@@ -133,27 +148,27 @@ CASES |= {
 def run_case(case: Case, rank: int, group: dist.ProcessGroup) -> dict[str, Any]:
     """Outputs, memory, gradients and messages of this rank."""
     part = case.part(rank)
-    over = context.OverRanks(part, group)
+    cp = context.ContextParallel(part, group)
     whole = case.inputs()
     local = {n: x.detach() if n in SHARED else part.slice(x.detach()) for n, x in whole.items()}
     local = {n: x.clone().requires_grad_() for n, x in local.items()}
     found: dict[str, Any] = {}
     with counted() as forward, plain_sum(case.shortcut):
         if case.what == "conv":
-            o = context.short_conv_over_ranks(**local, over=over, backend=case.backend)
+            o = context.short_conv_over_ranks(**local, cp=cp, backend=case.backend)
         elif case.what == "attention":
-            o = context.attention_over_ranks(**local, over=over)
+            o = context.attention_over_ranks(**local, cp=cp, **case.options)
         elif case.what == "gdn":
-            o, found["score"] = context.gated_delta_over_ranks(**local, over=over, backend=case.backend)
+            o, found["score"] = context.gated_delta_over_ranks(**local, cp=cp, backend=case.backend)
         else:
-            o = context.hola_attention_over_ranks(**local, over=over, backend=case.backend, **case.choices)
+            o = context.hola_attention_over_ranks(**local, cp=cp, backend=case.backend, options=case.choices)
     with counted() as backward:
         found["gradients"] = gradients_with(o, part.slice(case.projection).to(o), local)
     if case.what == "hola" and not case.shortcut:
         tokens = {n: local[n] for n in ("q", "k", "v", "log_decay", "beta")}
-        choices = {n: x for n, x in case.choices.items() if n != "read_norm"}
+        read = context.tokens_at_positions(*(local[n] for n in ("q", "k", "gamma_q", "gamma_k")), case.choices, cp)
         found["score"], found["memory"] = context.scores_and_memory(
-            **tokens, over=over, backend=case.backend, **choices)
+            **tokens, read_k=read["k"], cp=cp, backend=case.backend, options=case.choices)
     return {"o": o.detach(), "forward": forward, "backward": backward, **found}
 
 
@@ -167,7 +182,7 @@ def plain_sum(on: bool):
     """LASP-2's shortcut for ungated linear attention: add the ranks' states instead of folding their maps."""
     exact = context.fold_left
 
-    def shortcut(maps: Tensor, part: Part) -> Tensor:
+    def shortcut(maps: Tensor, part: SequenceShard) -> Tensor:
         earlier = maps[part.first_rank: part.rank] if part.before else maps[:0]
         return earlier[..., : -maps.shape[-2]].sum(0)
 

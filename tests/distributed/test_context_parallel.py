@@ -7,6 +7,7 @@ sequence computed here. float64 within 1e-9, float32 within the contract.
 from __future__ import annotations
 
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -18,10 +19,14 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "kernels"))
 from context_compare import check_memory, differences, joined, memory_before, one_rank
 from context_ranks import CASES, PACKINGS, SHARED, gradients_with, main
 from forked import run_on_ranks
+from helpers import write_recipe
 from inputs import make_inputs, relative_error
 
-from hola_kernels import KernelError, hola_attention
-from hola_megatron.parallel.part import Part
+from hola_kernels import KernelError, PackedDocuments, hola_attention
+from hola_kernels.options import CacheOptions
+from hola_megatron.config import load_recipe
+from hola_megatron.errors import RecipeError
+from hola_megatron.parallel.sequence_shard import SequenceShard
 
 pytestmark = pytest.mark.distributed
 RANKS = 4
@@ -92,7 +97,7 @@ def test_packing_over_ranks_equals_each_document_alone(packing, found):
     case, cuts = CASES[name], PACKINGS[packing]
     inputs = case.inputs()
     alone = [hola_attention(**{n: x if n in SHARED else x[:, a:b] for n, x in inputs.items()}, backend="torch",
-                            **case.choices) for a, b in zip(cuts[:-1], cuts[1:], strict=True) if b > a]
+                            **asdict(case.choices)) for a, b in zip(cuts[:-1], cuts[1:], strict=True) if b > a]
     o, _, gradients = joined([rank[name] for rank in found], case)
     assert relative_error(o, torch.cat(alone, 1)) < 1e-9
     for n, d in gradients_with(torch.cat(alone, 1), case.projection, inputs).items():
@@ -100,18 +105,27 @@ def test_packing_over_ranks_equals_each_document_alone(packing, found):
 
 
 def test_too_short_a_part_is_refused_by_name():
-    from hola_megatron.parallel.shared_cache import entering_memory
+    from hola_megatron.parallel.cache_candidates import entering_memory
 
     x = {n: v.detach() for n, v in make_inputs(1, 14).items()}
     with pytest.raises(KernelError, match="14 tokens a context-parallel rank: a cache block of 16"):
-        entering_memory(x["k"], x["v"], x["beta"], None, Part.of_rows(14, 0, 4), None, 16, 6)
+        entering_memory(x["k"], x["v"], x["beta"], None, SequenceShard.of_rows(14, 0, 4), None, CacheOptions(16, 6))
+
+
+@pytest.mark.parametrize(("changes", "problem"), [
+    ({"parallel": {"context": 3}}, "rows of 128 tokens .* are not a multiple of parallel.context = 3"),
+    ({"parallel": {"context": 4}, "train__sequence_length": 28}, "4 ranks get 14 tokens each .* and need 15")])
+def test_cuts_that_cannot_be_are_named(changes, problem, tmp_path):
+    with pytest.raises(RecipeError, match=problem):
+        load_recipe(write_recipe(tmp_path / "r.yaml", tmp_path, **changes))
 
 
 def test_parts_of_a_packed_row():
-    cuts = torch.tensor([0, 4, 13, 13, 16, 16, 18])
-    parts = [Part.of_documents(cuts, rank, 3) for rank in range(3)]
-    shown = [(p.cuts.tolist(), p.before, p.first_rank, p.last_rank, p.head, p.tail) for p in parts]
+    documents = PackedDocuments(torch.tensor([0, 4, 13, 13, 16, 16, 18]))
+    parts = [SequenceShard.of_documents(documents, rank, 3) for rank in range(3)]
+    shown = [(p.documents.host().tolist(), p.before, p.first_rank, p.last_rank, p.head, p.tail) for p in parts]
     assert shown == [([0, 4, 6], 0, 0, 2, 4, 2), ([0, 6], 2, 0, 2, 6, 6), ([0, 1, 4, 6], 8, 0, 2, 1, 2)]
-    assert [p.goes_on for p in parts] == [True, True, False] and parts[2].later.tolist() == [0, 3, 5]
-    at_bounds = [Part.of_documents(torch.tensor([0, 6, 12, 18]), rank, 3) for rank in range(3)]
-    assert all((p.before, p.first_rank, p.last_rank, p.goes_on) == (0, r, r, False) for r, p in enumerate(at_bounds))
+    assert [p.continues for p in parts] == [True, True, False] and parts[2].later.host().tolist() == [0, 3, 5]
+    documents = PackedDocuments(torch.tensor([0, 6, 12, 18]))
+    at_bounds = [SequenceShard.of_documents(documents, rank, 3) for rank in range(3)]
+    assert all((p.before, p.first_rank, p.last_rank, p.continues) == (0, r, r, False) for r, p in enumerate(at_bounds))

@@ -18,7 +18,7 @@ WARNED = "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE"
 
 def start_with_tf32(rank: int, ranks: int, folder: Path) -> None:
     from hola_megatron.config import load_recipe
-    from hola_megatron.parallel.groups import start, stop
+    from hola_megatron.startup.start import start, stop
 
     torch.set_float32_matmul_precision("high")
     start(load_recipe(ROOT / "recipes/hola_tiny.yaml", [f"parallel.context={ranks}"]))

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers import run_tool
+from train.quick_launch import launch_quickly
 
 from hola_megatron.doctor import checks
 
@@ -21,24 +23,25 @@ def run(*command: str, **environment: str) -> subprocess.CompletedProcess:
                           check=False, env=environment)
 
 
-def test_one_screen_without_a_gpu():
-    done = run("tools/doctor.py")
-    assert done.returncode == (0 if "all right" in done.stdout else 1), done.stderr
+def test_one_screen_without_a_gpu(capsys):
+    done = run_tool("doctor", [], capsys)
+    assert done.code == (0 if "all right" in done.output else 1), done.output
     for line in ("versions", "devices", "linears", "Adam", "HOLA kernels", "kernels, torch float32", "disk"):
-        assert line in done.stdout
-    assert "FAILED" not in done.stdout and len(done.stdout.splitlines()) < 40
+        assert line in done.output
+    assert "FAILED" not in done.output and len(done.output.splitlines()) < 40
 
 
-def test_a_known_bad_combination_ends_with_code_1(tmp_path):
+def test_a_known_bad_combination_ends_with_code_1(tmp_path, capsys, monkeypatch):
     (tmp_path / "apex").mkdir()
     (tmp_path / "apex" / "__init__.py").write_text("")
-    done = run("tools/doctor.py", PYTHONPATH=str(tmp_path))
-    assert done.returncode == 1 and "bad  apex: PyPI's `apex` is another project" in done.stdout
-    assert "pip uninstall apex" in done.stdout and "1 known-bad combination(s)" in done.stdout
+    monkeypatch.syspath_prepend(tmp_path)
+    done = run_tool("doctor", [], capsys)
+    assert done.code == 1 and "bad  apex: PyPI's `apex` is another project" in done.output
+    assert "pip uninstall apex" in done.output and "1 known-bad combination(s)" in done.output
 
 
 def test_a_transformer_engine_that_does_not_load_is_a_finding(tmp_path):
-    """Megatron-core takes what a missing library raises (OSError) for no reason to do without it."""
+    """The real program in a fresh process: Megatron-core fails on what a missing library raises (OSError)."""
     for folder in ("transformer_engine/pytorch", "transformer_engine-2.20.2.dist-info"):
         (tmp_path / folder).mkdir(parents=True)
     (tmp_path / "transformer_engine" / "__init__.py").write_text("raise OSError('libcudnn.so.9: undefined symbol')\n")
@@ -52,10 +55,10 @@ def test_a_transformer_engine_that_does_not_load_is_a_finding(tmp_path):
 
 
 @pytest.mark.distributed
-def test_collectives_under_the_launcher():
-    done = run("-m", "hola_megatron.launch", "--nproc-per-node", "2", "tools/doctor.py")
-    assert "all-reduce of 16 MiB over 2 ranks (gloo): right" in done.stdout, done.stdout + done.stderr
-    assert done.stdout.count("versions") == 1
+def test_collectives_under_the_launcher(tmp_path):
+    done = launch_quickly(["tools/doctor.py"], tmp_path / "log.txt", ranks=2)
+    assert "all-reduce of 16 MiB over 2 ranks (gloo): right" in done.output, done.output
+    assert done.output.count("versions") == 1
 
 
 def test_a_wrong_kernel_fails_the_check(monkeypatch):

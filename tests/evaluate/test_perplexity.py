@@ -105,6 +105,13 @@ def test_a_foreign_tokenizer_is_refused(folder, tmp_path):
         load(tmp_path, device="cpu")
 
 
+@pytest.mark.parametrize("device", ["banana", "cpu:x", "meta", "cuda:99", ""])
+def test_a_device_that_is_not_there_is_one_line(device, folder, capsys):
+    done = run_tool("evaluate", [str(folder), "--bundled", "valid", "--device", device], capsys)
+    assert done.code == 2 and len(done.output.splitlines()) == 1, done
+    assert done.output.startswith(f"RecipeError: --device: {device!r} cannot be used here")
+
+
 def test_the_program(folder, tmp_path, capsys):
     text = tmp_path / "text.txt.xz"
     text.write_bytes(lzma.compress("\n".join(DOCUMENTS[:2]).encode()))

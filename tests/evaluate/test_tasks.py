@@ -116,10 +116,10 @@ def test_answers_are_right_where_they_hold_the_number(loaded):
 
         return SimpleNamespace(device="cpu", generate=generate)
 
-    assert str(needle(answer(True), tokenizer, 800, asked=3)) == "needle      800 tokens  3/3 found (1.00)"
+    assert str(needle(answer(True), tokenizer, 800, samples=3)) == "needle      800 tokens  3/3 found (1.00)"
     assert calls == [1, 1, 1] and places == pytest.approx([0, 0.5, 1], abs=0.2)
-    assert needle(answer(True), tokenizer, 800, asked=5, batch=2).right == 5 and calls[3:] == [2, 2, 1]
-    assert needle(answer(False), tokenizer, 800, asked=3).right == 0
+    assert needle(answer(True), tokenizer, 800, samples=5, batch=2).right == 5 and calls[3:] == [2, 2, 1]
+    assert needle(answer(False), tokenizer, 800, samples=3).right == 0
 
 
 def test_texts_of_unequal_length_are_answered_as_alone(loaded):
@@ -140,7 +140,7 @@ def test_what_is_asked_is_in_no_training_text(loaded):
         return torch.cat([given, given[:, :1]], 1)
 
     for length in (400, 500):
-        needle(SimpleNamespace(device="cpu", generate=generate), tokenizer, length, asked=100)
+        needle(SimpleNamespace(device="cpu", generate=generate), tokenizer, length, samples=100)
     assert len(set(seen)) == 200  # and other numbers at every length
     assert not set(seen) & set(re.findall(r"\d{7}", " ".join(needle_documents(500, ()))))
 

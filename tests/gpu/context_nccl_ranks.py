@@ -24,12 +24,12 @@ import torch.distributed as dist
 from context_compare import memory_before, one_rank
 from context_ranks import SHARED, Case, run_case
 
-from hola_megatron.parallel.context import OverRanks, hola_attention_over_ranks
+from hola_megatron.parallel.context import ContextParallel, hola_attention_over_ranks
 
 LENGTH = 12_000  # parts are long enough to be split into spans, and cut cache blocks
 LONG = (0, 17, 5_000, 5_001, 11_700, LENGTH)
 SHORT = (0, 1, 255, 256, 700, 1_000, 1_001, 1_500, 2_500, 3_000, 3_999, 4_000)
-# in 16 bits and up to 128 wide the forward walk keeps states for the backward pass
+# in 16 bits and up to 128 wide the state pass saves states for the backward pass
 PRECISIONS = {"fp32": (torch.float32, 64), "bf16": (torch.bfloat16, 256), "bf16_keeps": (torch.bfloat16, 128)}
 
 
@@ -61,7 +61,8 @@ def waits(case: Case, rank: int, group: dist.ProcessGroup) -> str | None:
     weight = part.slice(case.projection).to(local["v"])
 
     def layer() -> None:
-        o = hola_attention_over_ranks(**local, over=OverRanks(part, group), backend=case.backend, **case.choices)
+        o = hola_attention_over_ranks(**local, cp=ContextParallel(part, group), backend=case.backend,
+                                      options=case.choices)
         torch.autograd.grad(o, list(local.values()), weight)
 
     layer()
@@ -84,7 +85,7 @@ def on_cpu(x: Any) -> Any:
     if isinstance(x, tuple | list):
         return type(x)(on_cpu(value) for value in x)
     if hasattr(x, "cache_position"):
-        return type(x)(**on_cpu(vars(x)))
+        return x.map(lambda held: held.detach().cpu())
     return x
 
 

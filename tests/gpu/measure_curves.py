@@ -21,7 +21,7 @@ from torch import Tensor
 import hola_megatron.data
 from hola_megatron.config import build_recipe
 from hola_megatron.data.stream import Batch
-from hola_megatron.parallel.groups import start, stop
+from hola_megatron.startup.start import start, stop
 
 ROWS, LENGTH, HELD_OUT = 16, 1024, 65536
 RECIPE = {
@@ -40,8 +40,8 @@ RUNS = {
 
 
 def batch(tokens: Tensor) -> Batch:
-    cuts = torch.arange(0, ROWS * LENGTH + 1, LENGTH, dtype=torch.int32)
-    return Batch(tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous(), torch.ones(len(tokens), LENGTH), cuts)
+    cu_seqlens = torch.arange(0, ROWS * LENGTH + 1, LENGTH, dtype=torch.int32)
+    return Batch(tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous(), torch.ones(len(tokens), LENGTH), cu_seqlens)
 
 
 def curve(text: Tensor, steps: int, change: dict[str, dict[str, Any]]) -> tuple[list[float], float]:

@@ -1,4 +1,5 @@
-"""The exact read, the short convolution, the gated norm, the gates and SwiGLU on a GPU, against float64."""
+"""The cache attention, attention to kept tokens, the short convolution, the gated norm, the gates and SwiGLU on a GPU,
+against float64."""
 
 from __future__ import annotations
 
@@ -7,10 +8,11 @@ import pytest
 from hola_kernels.exact_cache import verify_cases as exact_cache
 from hola_kernels.gated_norm import verify_cases as gated_norm
 from hola_kernels.gates import verify_cases as gates
+from hola_kernels.kept_attention import verify_cases as kept_attention
 from hola_kernels.short_conv import verify_cases as short_conv
 from hola_kernels.swiglu import verify_cases as swiglu
 
-CASES = {name: (run, module.limit) for module in (exact_cache, short_conv, gated_norm, gates, swiglu)
+CASES = {name: (run, module.limit) for module in (exact_cache, kept_attention, short_conv, gated_norm, gates, swiglu)
          for name, run in module.cases()}
 
 

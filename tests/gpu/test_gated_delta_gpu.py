@@ -25,7 +25,7 @@ def test_every_configuration_is_within_the_contract(name, run):
 
 @pytest.mark.parametrize("length", [1, 63, 64, 65, 255, 256, 257, 500, 1000])
 def test_lengths(length):
-    errors = measure(dtype=torch.bfloat16, key=128, value=128, cuts=(0, length), decay=0.01, device="cuda")
+    errors = measure(dtype=torch.bfloat16, key=128, value=128, cu_seqlens=(0, length), decay=0.01, device="cuda")
     name = "gated_delta bfloat16"
     assert not {output: error for output, error in errors.items() if not error <= limit(name, output)}
 

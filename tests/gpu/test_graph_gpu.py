@@ -22,8 +22,9 @@ import json, sys, torch
 from hola_megatron.config import build_recipe
 from hola_megatron.data.stream import Batch
 from hola_megatron.engine import cuda_graph
-from hola_megatron.engine.base import build_engine
-from hola_megatron.parallel.groups import start, stop
+from hola_megatron.engine.build import build_engine
+from hola_megatron.engine.sampling import next_logits
+from hola_megatron.startup.start import start, stop
 
 def main():
     recipe, how = build_recipe(json.loads(sys.argv[1])), sys.argv[2]
@@ -34,8 +35,8 @@ def main():
     engine = build_engine(recipe, layout)
     if how == "plain":
         engine.leave_graph()
-    recorded, record = [], cuda_graph.MicroBatchGraph._record
-    cuda_graph.MicroBatchGraph._record = lambda self: (recorded.append(step), record(self))
+    recorded, record = [], cuda_graph.MicroBatchGraph._capture
+    cuda_graph.MicroBatchGraph._capture = lambda self: (recorded.append(step), record(self))
     generator = torch.Generator().manual_seed(5 + layout.data_rank)
     rows = []
     for step in range(recipe.train.steps):
@@ -43,16 +44,16 @@ def main():
         for _ in range(recipe.micro_batches(layout.world)):
             tokens = torch.randint(0, 264, (4, 513), generator=generator)
             inner = torch.randperm(2047, generator=generator)[: 40 if step == 6 else step % 4] + 1
-            cuts = torch.cat([torch.tensor([0, 512, 1024, 1536, 2048]), inner]).unique().to(torch.int32)
+            cu_seqlens = torch.cat([torch.tensor([0, 512, 1024, 1536, 2048]), inner]).unique().to(torch.int32)
             batches.append(Batch(tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous(), torch.ones(4, 512),
-                                 cuts if recipe.data.documents == "separate" else None))
+                                 cu_seqlens if recipe.data.documents == "separate" else None))
         result = engine.train_step(batches, 1e-3, judge=lambda loss, norm: "refused" if step == 4 else None)
         rows.append([result.loss, result.grad_norm])
         if step in (0, 5):
             total, tokens = engine.evaluate(batches[:1])
             rows.append([total / tokens, 0.0])
             for length in range(1, 100):  # more shapes than tables are kept of
-                logits = engine.next_logits(torch.arange(length))
+                logits = next_logits(engine, torch.arange(length))
             rows.append([float(logits.sum()), 0.0])
             assert engine.work_seconds > 0
     if layout.is_main:
@@ -153,10 +154,10 @@ def test_a_run_with_a_graph_resumes_bit_for_bit(text_data, tmp_path):
         return done.output
 
     said = train(whole, "whole")
-    assert "is one CUDA graph" in said and "a micro-batch was recorded in" in said and "sample | " in said
+    assert "is one CUDA graph" in said and "a micro-batch was captured in" in said and "sample | " in said
     shutil.copytree(whole, again)
     shutil.rmtree(again / "checkpoints" / "step_00000008")
-    assert "a micro-batch was recorded in" in train(again, "again")
+    assert "a micro-batch was captured in" in train(again, "again")
     for kind in ("weight", "exp_avg", "exp_avg_sq"):
         want, have = (checkpoint_tensors(folder / "checkpoints" / "step_00000008", kind) for folder in (whole, again))
         assert want.keys() == have.keys() and all(torch.equal(have[name], x) for name, x in want.items())
@@ -164,12 +165,12 @@ def test_a_run_with_a_graph_resumes_bit_for_bit(text_data, tmp_path):
 
 
 def test_a_graph_of_the_operation_serves_other_documents():
-    """Recorded after a call with the same tensor of cuts, which is not written to in between; then with other cuts."""
+    """Recorded after a call with the same cu_seqlens, which is not written to in between; then replayed with others."""
     from hola_kernels import hola_attention, recording
     from hola_kernels.verify_cases import attention_inputs
 
     inputs = attention_inputs(1, 2048, 2, 64, 64, torch.bfloat16, 0, "cuda")
-    cuts = torch.tensor([0, 700, 1024, 2048, 2048], device="cuda")
+    cu_seqlens = torch.tensor([0, 700, 1024, 2048, 2048], device="cuda")
     dy = torch.randn(1, 2048, 2, 64, device="cuda", dtype=torch.bfloat16)
     stream = torch.cuda.Stream()
 
@@ -179,12 +180,12 @@ def test_a_graph_of_the_operation_serves_other_documents():
 
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
-        call(cuts, max_seqlen=2048)
+        call(cu_seqlens, max_seqlen=2048)
     graph = torch.cuda.CUDAGraph()
     with recording() as tables, torch.cuda.graph(graph, stream=stream):
-        found = call(cuts, max_seqlen=2048)
+        found = call(cu_seqlens, max_seqlen=2048)
     for other in ([0, 700, 1024, 2048, 2048], [0, 1, 64, 100, 2048], [0, 2048, 2048, 2048, 2048]):
-        cuts.copy_(torch.tensor(other))
+        cu_seqlens.copy_(torch.tensor(other))
         graph.replay()
         torch.cuda.synchronize()
         want = call(torch.tensor(other))

@@ -14,7 +14,7 @@ from tiny import liven, tokens
 
 from hola_kernels import KernelError
 from hola_megatron.hf.configuration_hola import HolaConfig
-from hola_megatron.hf.modeling_hola import FLOAT32_PARAMETERS, HolaForCausalLM
+from hola_megatron.hf.modeling_hola import HolaForCausalLM, float32_parameters
 
 
 @pytest.fixture(scope="module")
@@ -74,7 +74,7 @@ def twins(pattern: str, **changes: int) -> tuple[HolaForCausalLM, HolaForCausalL
                             cuda_graph=cuda_graph, **changes)
         found.append(liven(HolaForCausalLM(config)).to(torch.bfloat16).cuda())
         for name, x in found[-1].named_parameters():
-            if name.rpartition(".")[2] in FLOAT32_PARAMETERS:
+            if name.rpartition(".")[2] in float32_parameters(config):
                 x.data = x.data.float()
     return tuple(found)
 

@@ -18,8 +18,8 @@ import hola_megatron.quiet
 import json, sys, torch
 from hola_megatron.config import build_recipe
 from hola_megatron.data.stream import Batch
-from hola_megatron.engine.base import build_engine
-from hola_megatron.parallel.groups import start, stop
+from hola_megatron.engine.build import build_engine
+from hola_megatron.startup.start import start, stop
 
 recipe = build_recipe(json.loads(sys.argv[1]))
 layout = start(recipe)
@@ -28,8 +28,8 @@ generator = torch.Generator().manual_seed(5)
 rows = []
 for step in range(recipe.train.steps):
     tokens = torch.randint(0, 264, (4, 513), generator=generator)
-    cuts = torch.tensor([0, 300, 512, 1024, 1030, 2048], dtype=torch.int32)
-    batch = Batch(tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous(), torch.ones(4, 512), cuts)
+    cu_seqlens = torch.tensor([0, 300, 512, 1024, 1030, 2048], dtype=torch.int32)
+    batch = Batch(tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous(), torch.ones(4, 512), cu_seqlens)
     result = engine.train_step([batch], 1e-3)
     rows.append([result.loss, result.grad_norm])
 if layout.is_main:  # two ranks may write into one line

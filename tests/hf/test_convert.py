@@ -19,13 +19,33 @@ from hola_megatron.hf.auto import load_model
 from hola_megatron.hf.convert import ExportOptions, from_hf, to_hf
 from hola_megatron.hf.shape import config_of, differences, model_section
 from hola_megatron.hf.verify import verify
-from hola_megatron.parallel.groups import stop
-from hola_megatron.trainer import train
+from hola_megatron.startup.start import stop
+from hola_megatron.train.loop import train
 
 FAMILIES = {
     "hola": {"pattern": "H"}, "gdn": {"pattern": "G"}, "transformer": {"pattern": "A", "rope_theta": 500.0},
-    "hybrid": {"pattern": "HGHA", "tie_embeddings": False}, "delta_net": {"pattern": "GH", "decay": False},
+    "hybrid": {"pattern": "HGHA", "tie_embeddings": False},
+    "delta_net": {"pattern": "GH", "rule": "delta", "beta_range": 2},
+    "late": {"pattern": "G", "state_delay": 5}, "late_chunk": {
+        "pattern": "G", "state_delay": 9, "state_delay_mode": "chunk"},
+    "hqlt": {"pattern": "hqlt"}, "hqlt_stream": {"pattern": "hqlt, hola", "hqlt": {
+        "blend": "delayed_stream", "window": 7, "mixing": "scalar", "rope_theta": 300.0}},
+    "hqlt_chunk": {"pattern": "hqlt, attention", "hqlt": {
+        "blend": "delayed_chunk", "window": 9, "mixing": "sum", "rope_theta": 1e4}},
+    "ham": {"pattern": "ham", "ham": {"router": "cosine", "share": 0.1, "threshold": 1.0}},
+    "ham_learned": {"pattern": "ham, hola", "ham": {"router": "learned", "router_width": 6, "threshold": 0.5}},
     "l2_recency": {"pattern": "H", "cache": {"read_norm": "l2", "score": "recency", "sink": False}},
+    "window": {"pattern": "HG", "cache": {"local": "window", "window": 11}},
+    "deltaproduct": {"pattern": "deltaproduct, hola", "delta_steps": 3, "beta_range": 2},
+    "convex": {"pattern": "HG", "cache": {"merge": "convex", "rope_theta": 300.0}},
+    "two_gates": {"pattern": "H", "cache": {"merge": "two", "local": "window", "window": 11, "slots": 0}},
+    "block_alone": {"pattern": "H", "cache": {"slots": 0, "read_norm": "none"}},
+    "cosine": {"pattern": "H", "cache": {"score": "cosine"}},
+    "learned": {"pattern": "HG", "cache": {"score": "learned", "router_width": 4, "merge": "two"}},
+    "random": {"pattern": "HG", "cache": {"score": "random"}},
+    "recency": {"pattern": "H", "cache": {"score": "recency"}},
+    "grouped": {"pattern": "AH", "attention_heads": 4, "attention_kv_heads": 2, "attention_qk_norm": True},
+    "attention_window": {"pattern": "WWA", "attention_heads": 4, "attention_kv_heads": 1, "attention_window": 20},
     "no_positions": {"pattern": "HA", "rope_theta": None, "conv_width": 3},
 }
 
@@ -266,7 +286,7 @@ def test_another_tokenizer_is_refused(run, exported, tmp_path):
     named = str(tmp_path / "tokenizer.json")
     with pytest.raises(DataError, match=r"is huggingface of 3 tokens.*trained with bytes of 258 tokens"):
         to_hf(run, tmp_path / "x", ExportOptions(tokenizer=named))
-    with pytest.raises(DataError, match=r"no such file or folder.*--tokenizer names another place"):
+    with pytest.raises(DataError, match=r"no such file or folder.*--tokenizer names another path"):
         to_hf(run, tmp_path / "x", ExportOptions(tokenizer="gone"))
     values = recipe().to_dict()
     values["data"]["tokenizer"] = named
@@ -310,7 +330,7 @@ def test_the_program_prints_the_proof_and_errors_as_one_line(run, exported, tmp_
     out = str(tmp_path / "out")
     done = run_tool("convert", ["to-hf", str(run), out, "--dtype", "bf16"], capsys)
     assert done.code == 0 and done.output.splitlines()[-1] == f"done: {out}"
-    assert re.search(r"logits of 98 tokens \| max difference \d\.\d+e-\d+.*\| mean .*greedy tokens equal 98 of 98",
+    assert re.search(r"logits of 160 tokens \| max difference \d\.\d+e-\d+.*\| mean .*greedy tokens equal 160 of 160",
                      done.output)
     assert run_tool("convert", ["verify", str(run), out], capsys).output.endswith("verified\n")
     done = run_tool("convert", ["to-hf", str(run), out, "--overwrite", "--no-verify"], capsys)

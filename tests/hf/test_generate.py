@@ -15,7 +15,7 @@ def generate(lm, x, new=26, mask=None, **options):
     return lm.generate(x, attention_mask=mask, max_new_tokens=new, **{**OPTIONS, **options})[:, x.shape[1]:]
 
 
-@pytest.mark.parametrize("pattern", ["H", "G", "HGA"])
+@pytest.mark.parametrize("pattern", ["H", "G", "W", "HGA", "WA", "ham"])
 def test_greedy_is_the_same_with_and_without_the_cache(pattern):
     lm, x = model(pattern), tokens(2, 7)
     found = generate(lm, x)
@@ -24,7 +24,26 @@ def test_greedy_is_the_same_with_and_without_the_cache(pattern):
     assert torch.equal(found, generate(lm, x, prefill_chunk_size=3))
 
 
-@pytest.mark.parametrize("pattern", ["H", "G", "HGA"])
+@pytest.mark.parametrize("score", ["betae", "e", "betav", "recency", "random", "cosine", "learned"])
+def test_every_score_generates_the_same_with_and_without_the_cache(score):
+    lm, x = model("H", cache_score=score), tokens(3, 15)
+    mask = torch.ones_like(x)
+    mask[0, :6] = 0
+    found = generate(lm, x, mask=mask, new=24)
+    assert torch.equal(found, generate(lm, x, mask=mask, new=24, use_cache=False))
+    assert torch.equal(found[:1], generate(lm, x[:1, 6:], new=24))  # ranks count tokens, not columns
+
+
+@pytest.mark.parametrize("options", [
+    {"cache_local": "window", "cache_window": 11}, {"cache_local": "window", "cache_window": 5, "cache_slots": 0},
+    {"cache_slots": 0}, {"cache_local": "none"}, {"cache_read_norm": "none"},
+    {"cache_merge": "two", "cache_rope_theta": 300.0}], ids=str)
+def test_every_local_part_generates_the_same_with_and_without_the_cache(options):
+    lm, x = model("H", **options), tokens(2, 15)
+    assert torch.equal(generate(lm, x, new=40), generate(lm, x, new=40, use_cache=False))
+
+
+@pytest.mark.parametrize("pattern", ["H", "G", "W", "HGA", "WA", "ham"])
 def test_a_left_padded_batch_equals_its_prompts_alone(pattern):
     lm, lengths = model(pattern), (15, 5, 9)
     x, mask = tokens(3, 15), torch.ones(3, 15, dtype=torch.int64)
@@ -37,7 +56,7 @@ def test_a_left_padded_batch_equals_its_prompts_alone(pattern):
         assert torch.equal(together[n], alone) and torch.equal(chunked[n], alone)
 
 
-@pytest.mark.parametrize("pattern", ["H", "HGA"])
+@pytest.mark.parametrize("pattern", ["H", "HGA", "W", "ham"])
 def test_beams_are_the_same_with_and_without_the_cache(pattern):
     lm, x, mask = model(pattern), tokens(2, 9), torch.ones(2, 9, dtype=torch.int64)
     mask[0, :4] = 0

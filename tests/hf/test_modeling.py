@@ -14,8 +14,29 @@ from hola_megatron.hf.modeling_hola import HolaForCausalLM
 
 PATTERNS = {
     "hola": ("H", {}), "gdn": ("G", {}), "transformer": ("A", {}), "hybrid": ("HGA", {}),
-    "delta_net": ("G", {"decay": False}), "no_sink": ("H", {"cache_sink": False, "cache_read_norm": "l2"}),
-    "recency": ("H", {"cache_score": "recency"}), "no_positions": ("HA", {"rope_theta": None}),
+    "delta_net": ("G", {"rule": "delta"}),
+    "late": ("gdn", {"state_delay": 7}), "late_chunk": ("GA", {"state_delay": 6, "state_delay_mode": "chunk"}),
+    "negative_eigenvalues": ("GH", {"beta_range": 2}), "hqlt": ("hqlt", {"hqlt_window": 7}),
+    "hqlt_stream": ("hqlt", {"hqlt_window": 7, "hqlt_blend": "delayed_stream", "hqlt_mixing": "scalar"}),
+    "hqlt_chunk": ("hqlt, gdn", {"hqlt_window": 6, "hqlt_blend": "delayed_chunk", "hqlt_mixing": "sum"}),
+    "ham": ("ham", {"ham_router": "cosine", "ham_threshold": 1.0}),
+    "ham_learned": ("ham, attention", {"ham_router_width": 6, "rule": "delta"}),
+    "no_sink": ("H", {"cache_sink": False, "cache_read_norm": "l2"}),
+    "recency": ("H", {"cache_score": "recency"}), "random": ("HG", {"cache_score": "random"}),
+    "cosine": ("H", {"cache_score": "cosine", "cache_local": "window", "cache_window": 11}),
+    "learned": ("H", {"cache_score": "learned", "cache_router_width": 4}),
+    "window": ("H", {"cache_local": "window", "cache_window": 11}),
+    "window_alone": ("HG", {"cache_local": "window", "cache_window": 20, "cache_slots": 0}),
+    "deltaproduct": ("deltaproduct", {"beta_range": 2}),
+    "deltaproduct_without_decay": ("deltaproduct, hola", {"delta_steps": 3, "rule": "delta"}),
+    "convex": ("H", {"cache_merge": "convex", "cache_rope_theta": 300.0}),
+    "two_gates": ("HG", {"cache_merge": "two", "cache_rope_theta": 300.0, "cache_read_norm": "none",
+                         "cache_local": "window", "cache_window": 11}),
+    "block_alone": ("H", {"cache_slots": 0, "cache_read_norm": "none"}), "itself": ("H", {"cache_local": "none"}),
+    "no_positions": ("HA", {"rope_theta": None}),
+    "grouped": ("A", {"num_attention_heads": 4, "num_key_value_heads": 2}),
+    "normed": ("AW", {"attention_qk_norm": True}), "attention_window": ("W", {}),
+    "narrow": ("W", {"attention_window": 1, "num_key_value_heads": 1}), "window_hybrid": ("GWA", {}),
     "untied": ("H", {"tie_word_embeddings": False, "conv_width": 3}),
 }
 CLOSE = {"rtol": 0, "atol": 1e-5}  # of logits of size 10, in float64 but for the few float32 steps of a mixer
@@ -114,11 +135,11 @@ def test_decoding_in_the_middle_of_a_graph_keeps_the_caller_s_memory_apart():
     torch.testing.assert_close(lm(x[:, 10:], past_key_values=again).logits, whole, **CLOSE)
 
 
-@pytest.mark.parametrize("pattern", ["H", "G", "HG"])
+@pytest.mark.parametrize("pattern", ["H", "G", "HG", "W"])
 @torch.no_grad()
 def test_cache_bytes_are_constant_from_1k_to_64k_tokens(pattern):
     lm = model(pattern, num_hidden_layers=len(pattern), num_heads=1, value_dim=8, hidden_size=8, intermediate_size=8,
-               cache_block=128)
+               cache_block=128, attention_window=100)
     cache, sizes = HolaCache(lm.config), {}
     for start in range(0, 65536, 4096):
         lm(tokens(1, 4096, seed=start), past_key_values=cache, logits_to_keep=1)
@@ -212,7 +233,7 @@ def test_wrong_inputs_are_named():
         lm()
     with pytest.raises(NotImplementedError, match="cannot be rolled back"):
         lm(x).past_key_values.crop(2)
-    with pytest.raises(ValueError, match="letters H, G and A"):
+    with pytest.raises(ValueError, match="layer_pattern: unknown layer kind .* allowed: hola"):
         model("HX")
 
 
@@ -224,15 +245,18 @@ def test_cuda_graph_changes_nothing_without_a_gpu_and_is_refused_where_it_cannot
         cache = lm(x[:, :9]).past_key_values
         found.append(torch.cat([lm(x[:, t: t + 1], past_key_values=cache).logits for t in range(9, 30)], 1))
     assert torch.equal(*found) and cache.graph is None
-    refused = (({"layer_pattern": "HA"}, "memory of A layers grows"), ({"backend": "torch"}, "backend 'torch'"),
+    refused = (({"layer_pattern": "HA"}, "memory of attention layers grows"), ({"backend": "torch"}, "backend 'torch'"),
                ({"cache_score": "recency"}, "cache_score 'recency' is not one of betae, e, betav"),
                ({"value_dim": 512}, "value_dim 512 is none of 16, 32"), ({"conv_width": 5}, "conv_width 5 is over 4"))
     for wrong, why in refused:
         with pytest.raises(ValueError, match=f"cuda_graph: .*{why}.*; leave it off"):
             HolaConfig(cuda_graph=True, **wrong)
     assert HolaConfig(cuda_graph=True, layer_pattern="G", cache_score="recency").cuda_graph
-    model("HA").save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="memory of A layers grows"):
+    assert HolaConfig(cuda_graph=True, layer_pattern="GW").cuda_graph
+    with pytest.raises(ValueError, match="num_key_value_heads: 3 does not divide num_attention_heads = 16"):
+        HolaConfig(num_key_value_heads=3)
+    model("AH").save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="memory of attention layers grows"):
         HolaForCausalLM.from_pretrained(tmp_path, cuda_graph=True)
 
 

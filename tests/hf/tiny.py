@@ -19,7 +19,8 @@ from hola_megatron.hf.modeling_hola import HolaForCausalLM
 from hola_megatron.hf.shape import config_of
 
 SHAPE = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_heads": 2,
-         "key_dim": 8, "value_dim": 16, "num_attention_heads": 2, "cache_block": 8, "cache_slots": 3}
+         "key_dim": 8, "value_dim": 16, "num_attention_heads": 2, "attention_window": 9, "cache_block": 8,
+         "cache_slots": 3}
 
 
 def model(pattern: str, **changes: Any) -> HolaForCausalLM:
@@ -65,7 +66,8 @@ def export(folder: Path, recipe: Recipe, *, seed: int = 0) -> Path:
     """An exported folder of the recipe's model with lively weights, as if it came from a run."""
     tokenizer = load_tokenizer(recipe.data.tokenizer)
     config = config_of(recipe, bos_token_id=tokenizer.bos_id, eos_token_id=tokenizer.eos_id,
-                       pad_token_id=tokenizer.eos_id, dtype=torch.float32)
+                       pad_token_id=tokenizer.eos_id if tokenizer.pad_id is None else tokenizer.pad_id,
+                       dtype=torch.float32)
     liven(HolaForCausalLM(config), seed).save_pretrained(folder)
     write_config(folder, config)
     write_tokenizer(folder, tokenizer)

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import os
-
 import pytest
 import torch
 import torch.nn.functional as F
 from inputs import relative_error
+from interpreted import INTERPRETED
 from torch import Tensor
 
 from hola_kernels import KernelError
 from hola_kernels.cross_entropy import cross_entropy_, cross_entropy_gradient_, softmax_statistics, torch_rows
-
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def make(rows: int, columns: int, dtype: torch.dtype) -> dict[str, Tensor]:
@@ -93,9 +90,6 @@ if not INTERPRETED:
             cross_entropy_(**{**inputs, "labels": inputs["labels"][:2]})
         with pytest.raises(KernelError, match="one piece of memory"):
             cross_entropy_(**{**inputs, "logits": inputs["logits"].t()})
-
-    def test_under_the_interpreter(interpreted):
-        interpreted(__file__)
 else:
     @pytest.mark.parametrize(("shape", "ranks"), [((1, 8), 1), ((9, 264), 1), ((9, 264), 4), ((5, 9000), 1),
                                                   ((5, 9000), 2)], ids=str)

@@ -1,22 +1,18 @@
 """Decay and write strength: backends against the definition in float64, the Triton kernels under the interpreter.
-
-It must be chosen before triton is imported, so one test starts this same file again in a process of its own.
 """
 
 from __future__ import annotations
-
-import os
 
 import pytest
 import torch
 import torch.nn.functional as F
 from inputs import relative_error
+from interpreted import INTERPRETED
 from torch import Tensor
 
 from hola_kernels import KernelError
 from hola_kernels.gates import decay_and_strength
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 LIMITS = {torch.float64: 1e-12, torch.float32: 1e-6, torch.bfloat16: 4e-3, torch.float16: 1e-3}
 SHAPES = [(1, 8), (63, 8), (3, 21, 11), (2, 2, 5, 8), (8,)]
 HEADS = 4
@@ -24,31 +20,31 @@ HEADS = 4
 
 def make(*shape: int, dtype: torch.dtype = torch.float32, heads: int = HEADS, decay: bool = True) -> dict[str, Tensor]:
     g = torch.Generator().manual_seed(8)
-    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    compute = torch.float64 if dtype == torch.float64 else torch.float32
     made = {"x": (3 * torch.randn(*shape, generator=g)).to(dtype)}
     if decay:
-        made |= {"A_log": torch.randn(heads, generator=g).to(wide), "dt_bias": torch.randn(heads, generator=g).to(wide)}
+        made |= {name: torch.randn(heads, generator=g).to(compute) for name in ("A_log", "dt_bias")}
     return {name: value.requires_grad_() for name, value in made.items()}
 
 
 def gradients(outputs: tuple[Tensor, Tensor], inputs: dict[str, Tensor]) -> tuple[Tensor, ...]:
-    """Of a fixed projection of both outputs: no two tokens or heads count alike, and sums do not cancel."""
+    """Of a fixed projection of both outputs: no two tokens or heads have one weight, and sums do not cancel."""
     g = torch.Generator().manual_seed(9)
     weights = [1 + torch.randn(y.shape, generator=g).to(y.dtype) for y in outputs]
     total = sum((y * w).sum() for y, w in zip(outputs, weights, strict=True))
     return torch.autograd.grad(total, list(inputs.values()))
 
 
-def check(inputs: dict[str, Tensor], backend: str, heads: int = HEADS) -> None:
+def check(inputs: dict[str, Tensor], backend: str, heads: int = HEADS, **options: int) -> None:
     """Outputs, gradients and their dtypes against the definition in float64."""
-    wide = {name: value.detach().double().requires_grad_() for name, value in inputs.items()}
-    expected = decay_and_strength(**wide, heads=heads, backend="reference")
-    found = decay_and_strength(**inputs, heads=heads, backend=backend)
-    narrow = torch.float64 if inputs["x"].dtype == torch.float64 else torch.float32
+    exact = {name: value.detach().double().requires_grad_() for name, value in inputs.items()}
+    expected = decay_and_strength(**exact, heads=heads, backend="reference", **options)
+    found = decay_and_strength(**inputs, heads=heads, backend=backend, **options)
+    compute = torch.float64 if inputs["x"].dtype == torch.float64 else torch.float32
     for y, want in zip(found, expected, strict=True):
-        assert y.shape == want.shape and y.dtype == narrow and relative_error(y, want) < LIMITS[narrow]
-    for name, have, want in zip(inputs, gradients(found, inputs), gradients(expected, wide), strict=True):
-        limit = LIMITS[inputs["x"].dtype if name == "x" else narrow]
+        assert y.shape == want.shape and y.dtype == compute and relative_error(y, want) < LIMITS[compute]
+    for name, have, want in zip(inputs, gradients(found, inputs), gradients(expected, exact), strict=True):
+        limit = LIMITS[inputs["x"].dtype if name == "x" else compute]
         assert have.dtype == inputs[name].dtype and relative_error(have, want) < limit, name
 
 
@@ -59,6 +55,13 @@ if not INTERPRETED:
     @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
     def test_outputs_and_gradients(dtype, shape, decay, backend):
         check(make(*shape, dtype=dtype, decay=decay), backend)
+
+    @pytest.mark.parametrize("backend", ["reference", "torch"])
+    def test_twice_the_range(backend):
+        inputs = make(3, 21, 11, dtype=torch.float64)
+        check(inputs, backend, beta_range=2)
+        _, beta = decay_and_strength(**inputs, heads=HEADS, beta_range=2, backend=backend)
+        torch.testing.assert_close(beta, 2 * inputs["x"][..., :HEADS].sigmoid(), rtol=1e-12, atol=0)
 
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
     def test_torch_has_the_bits_of_the_formula(dtype):
@@ -78,9 +81,8 @@ if not INTERPRETED:
             decay_and_strength(**{**inputs, "dt_bias": torch.zeros(3)}, heads=HEADS)
         with pytest.raises(KernelError, match=r"x \(3, 7\) .* W of at least 8 for 4 heads"):
             decay_and_strength(**{**inputs, "x": torch.zeros(3, 7)}, heads=HEADS)
-
-    def test_under_the_interpreter(interpreted):
-        interpreted(__file__)
+        with pytest.raises(KernelError, match="beta_range: 3 is not one of 1, 2"):
+            decay_and_strength(**inputs, heads=HEADS, beta_range=3)
 else:
     from hola_kernels.gates import triton_tokens
     from hola_kernels.gates.verify_cases import limit, measure
@@ -91,13 +93,18 @@ else:
     def test_triton(dtype, shape, decay):
         check(make(*shape, dtype=dtype, decay=decay), "triton")
 
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+    def test_twice_the_range(dtype):
+        check(make(3, 21, 11, dtype=dtype), "triton", beta_range=2)
+        check(make(3, 21, 11, dtype=dtype, decay=False), "triton", beta_range=2)
+
     @pytest.mark.parametrize("tokens", [1, 63, 210])
     @pytest.mark.parametrize("heads", [1, 3, 4, 16])
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
     def test_everything_is_written_and_nothing_else(monkeypatch, dtype, heads, tokens):
         """Inside a transposed projection, with fewer programs than tiles: each adds up several.
 
-        Twice the limit of a GPU: the interpreter cuts bfloat16's digits off instead of rounding them.
+        Twice the limit of a GPU: the interpreter truncates bfloat16 instead of rounding.
         """
         monkeypatch.setattr(triton_tokens, "PROGRAMS", 2)  # 420 tokens are four tiles of 128, or seven of 64
         for decay in (True, False):
@@ -121,9 +128,9 @@ else:
     def test_sums_of_many_tokens_by_head(monkeypatch):
         monkeypatch.setattr(triton_tokens, "PROGRAMS", 3)
         inputs = make(2000, 8)
-        wide = {name: value.detach().double().requires_grad_() for name, value in inputs.items()}
+        exact = {name: value.detach().double().requires_grad_() for name, value in inputs.items()}
         found, expected = (gradients(decay_and_strength(**given, heads=HEADS, backend=backend), given)[1:]
-                           for given, backend in ((inputs, "triton"), (wide, "torch")))
+                           for given, backend in ((inputs, "triton"), (exact, "torch")))
         for have, want in zip(found, expected, strict=True):
             assert torch.allclose(have.double(), want, rtol=1e-6, atol=0)
 
@@ -132,9 +139,9 @@ else:
         x = torch.tensor([-80.0, -30, -20, -10, -3, -1, -0.1, 0, 0.1, 1, 3, 10, 15, 20, 30, 80])[:, None].repeat(1, 2)
         inputs = {"x": x.requires_grad_(), "A_log": torch.tensor([-1.0]).requires_grad_(),
                   "dt_bias": torch.zeros(1).requires_grad_()}
-        wide = {name: value.detach().double().requires_grad_() for name, value in inputs.items()}
+        exact = {name: value.detach().double().requires_grad_() for name, value in inputs.items()}
         results = []
-        for given, backend in ((inputs, "triton"), (wide, "torch")):
+        for given, backend in ((inputs, "triton"), (exact, "torch")):
             log_decay, beta = decay_and_strength(**given, heads=1, backend=backend)
             dx, = torch.autograd.grad(log_decay.sum(), given["x"])
             results.append((log_decay, beta, dx[:, 1:]))
@@ -158,10 +165,10 @@ else:
 
     def test_what_is_saved_is_what_is_returned():
         """Two numbers a token and head that the state keeps anyway, and none of the projection's memory."""
-        inputs, kept = make(4, 32, dtype=torch.bfloat16), []
-        with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.data_ptr()) or t, lambda t: t):
+        inputs, saved = make(4, 32, dtype=torch.bfloat16), []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.data_ptr()) or t, lambda t: t):
             outputs = decay_and_strength(**inputs, heads=HEADS, backend="triton")
-        assert kept == [y.data_ptr() for y in outputs] + [inputs["A_log"].data_ptr()]
+        assert saved == [y.data_ptr() for y in outputs] + [inputs["A_log"].data_ptr()]
 
     def test_no_decay_has_no_gradient_and_float64_is_refused():
         log_decay, beta = decay_and_strength(**make(5, 4, decay=False), heads=HEADS, backend="triton")

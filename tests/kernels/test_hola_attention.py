@@ -39,23 +39,40 @@ def test_float64_matches_the_definition_at_full_block_and_length_1000():
 
 @pytest.mark.parametrize("packing", PACKINGS)
 def test_packed_documents_match_the_definition(packing):
-    cuts = PACKINGS[packing]
-    compare(make_inputs(1, cuts[-1]), 1e-9, 1e-9, cu_seqlens=torch.tensor(cuts, dtype=torch.int32))
+    cu_seqlens = PACKINGS[packing]
+    compare(make_inputs(1, cu_seqlens[-1]), 1e-9, 1e-9, cu_seqlens=torch.tensor(cu_seqlens, dtype=torch.int32))
 
 
 @pytest.mark.parametrize("length", [65, 257])
 @pytest.mark.parametrize("decay", ["slow", "fast"])
 def test_float32_is_within_the_contract(length, decay):
-    narrow = make_inputs(1, length, decay=decay, dtype=torch.float32, key=32, value=32)
-    exact = {name: x.detach().double().requires_grad_() for name, x in narrow.items()}
-    compare(narrow, 1e-5, 1e-4, definition=exact)
+    inputs = make_inputs(1, length, decay=decay, dtype=torch.float32, key=32, value=32)
+    exact = {name: x.detach().double().requires_grad_() for name, x in inputs.items()}
+    compare(inputs, 1e-5, 1e-4, definition=exact)
 
 
 @pytest.mark.parametrize("options", [
     {"score": "e"}, {"score": "betav"}, {"score": "recency"}, {"score": "random"}, {"read_norm": "l2"},
-    {"slots": 64, "block": 16}, {"slots": 1, "block": 1}], ids=str)
+    {"slots": 64, "block": 16}, {"slots": 1, "block": 1}, {"slots": 0}, {"local": "window", "window": 40},
+    {"local": "none", "read_norm": "none"}], ids=str)
 def test_variants_match_the_definition(options):
     compare(make_inputs(1, 150), 1e-9, 1e-9, **options)
+
+
+@pytest.mark.parametrize("score", ["betae", "e"])
+def test_write_strengths_up_to_two_match_the_definition(score):
+    """Similar keys, no decay: every token reverses what those before it wrote."""
+    inputs = {name: x.detach() for name, x in make_inputs(1, 200, decay="none").items()}
+    inputs["k"] = inputs["k"][:, :1] + 0.1 * inputs["k"]
+    inputs["beta"] = 2 * inputs["beta"]
+    inputs = {name: x.requires_grad_() for name, x in inputs.items()}
+    assert float(inputs["beta"].detach().max()) > 1.99
+    compare(inputs, 1e-9, 1e-9, score=score, cu_seqlens=torch.tensor([0, 70, 200]))
+    plain = {name: x.detach() for name, x in inputs.items()}
+    whole, state = run(plain, "reference"), HolaState.empty(1, 2, 16, 16, **SMALL, dtype=torch.float64)
+    for t in range(200):
+        token = {n: x[:, t] if x.ndim > 2 else x for n, x in plain.items()}
+        assert relative_error(hola_attention_step(**token, state=state), whole[:, t]) < 1e-9
 
 
 def test_no_sink_matches_the_definition():
@@ -71,12 +88,12 @@ def test_value_width_may_differ_from_key_width():
 
 @pytest.mark.parametrize("backend", ["reference", "torch"])
 def test_packing_equals_running_each_document_alone(backend):
-    cuts = [0, 70, 71, 200]
+    cu_seqlens = [0, 70, 71, 200]
     inputs = make_inputs(1, 200)
-    packed = run(inputs, backend, cu_seqlens=torch.tensor(cuts))
+    packed = run(inputs, backend, cu_seqlens=torch.tensor(cu_seqlens))
     together = gradients(packed, inputs)
     alone = []
-    for start, end in zip(cuts[:-1], cuts[1:], strict=True):
+    for start, end in zip(cu_seqlens[:-1], cu_seqlens[1:], strict=True):
         one = {n: x[:, start:end] if x.ndim > 2 else x for n, x in inputs.items()}
         alone.append(run(one, backend))
     apart = gradients(torch.cat(alone, 1), inputs)
@@ -116,24 +133,28 @@ def test_running_in_pieces_equals_running_whole(backend):
 
 def test_states_of_both_backends_are_the_same():
     inputs = {n: x.detach() for n, x in make_inputs(1, 200).items()}
-    cuts = torch.tensor([0, 3, 3, 70, 198, 200])
-    a, b = (run(inputs, name, cu_seqlens=cuts, return_state=True)[1] for name in ("reference", "torch"))
-    for name, expected in vars(a).items():
+    cu_seqlens = torch.tensor([0, 3, 3, 70, 198, 200])
+    a, b = (run(inputs, name, cu_seqlens=cu_seqlens, return_state=True)[1] for name in ("reference", "torch"))
+    for name, expected in a.tensors().items():
         found = getattr(b, name)
         assert torch.allclose(found.double(), expected.double(), atol=1e-10, rtol=1e-10), name
     assert b.cache_position.max() > 32 and (b.cache_position == -1).any()
 
 
-@pytest.mark.parametrize("score", ["betae", "e", "recency", "random"])
-def test_decoding_equals_the_full_pass(score):
+@pytest.mark.parametrize("options", [
+    {"score": "betae"}, {"score": "e"}, {"score": "recency"}, {"score": "random"}, {"slots": 0}, {"local": "none"},
+    {"local": "window", "window": 7}, {"local": "window", "window": 33}, {"local": "window", "window": 70, "slots": 0}],
+    ids=str)
+def test_decoding_equals_the_full_pass(options):
     inputs = {n: x.detach() for n, x in make_inputs(2, 140).items()}
-    whole, last = run(inputs, "torch", score=score, return_state=True)
+    whole, last = run(inputs, "torch", return_state=True, **options)
     prefix = {n: x[:, :45] if x.ndim > 2 else x for n, x in inputs.items()}
-    _, state = run(prefix, "torch", score=score, return_state=True)
+    _, state = run(prefix, "torch", return_state=True, **options)
     size = state.nbytes()
     for t in range(45, 140):
         token = {n: x[:, t] if x.ndim > 2 else x for n, x in inputs.items()}
-        o = hola_attention_step(**token, state=state, score=score)
+        choices = {name: value for name, value in options.items() if name != "slots"}
+        o = hola_attention_step(**token, state=state, **choices)
         assert relative_error(o, whole[:, t]) < 1e-10, t
     assert state.nbytes() == size
     assert torch.equal(state.cache_position, last.cache_position)

@@ -9,7 +9,7 @@ from inputs import relative_error
 from hola_kernels import KernelError, short_conv, short_conv_step
 
 BACKENDS = ["reference", "torch"]
-CUTS = [0, 0, 1, 3, 40, 40, 77]
+CU_SEQLENS = [0, 0, 1, 3, 40, 40, 77]
 
 
 def make(batch, length, *, channels=6, width=4, sequences=None, dtype=torch.float64):
@@ -40,23 +40,24 @@ def test_float64_matches_the_definition(length, width):
 
 
 def test_packed_float64_matches_the_definition():
-    compare(make(1, CUTS[-1], sequences=len(CUTS) - 1), 1e-12, cu_seqlens=torch.tensor(CUTS, dtype=torch.int32))
+    cu_seqlens = torch.tensor(CU_SEQLENS, dtype=torch.int32)
+    compare(make(1, CU_SEQLENS[-1], sequences=len(CU_SEQLENS) - 1), 1e-12, cu_seqlens=cu_seqlens)
 
 
 def test_the_definition_is_a_causal_convolution():
     inputs = {n: x.detach() for n, x in make(2, 9).items()}
-    laid = torch.cat([inputs["tail"], inputs["x"]], 1).transpose(1, 2)
-    expected = torch.nn.functional.silu(torch.conv1d(laid, inputs["weight"][:, None], groups=6)).transpose(1, 2)
+    joined = torch.cat([inputs["tail"], inputs["x"]], 1).transpose(1, 2)
+    expected = torch.nn.functional.silu(torch.conv1d(joined, inputs["weight"][:, None], groups=6)).transpose(1, 2)
     assert relative_error(short_conv(**inputs, backend="reference"), expected) < 1e-12
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_packing_equals_running_each_document_alone(backend):
-    inputs = make(1, CUTS[-1])
+    inputs = make(1, CU_SEQLENS[-1])
     del inputs["tail"]
-    packed = short_conv(**inputs, cu_seqlens=torch.tensor(CUTS), backend=backend)
+    packed = short_conv(**inputs, cu_seqlens=torch.tensor(CU_SEQLENS), backend=backend)
     alone = torch.cat([short_conv(x=inputs["x"][:, a:b], weight=inputs["weight"], backend=backend)
-                       for a, b in zip(CUTS[:-1], CUTS[1:], strict=True)], 1)
+                       for a, b in zip(CU_SEQLENS[:-1], CU_SEQLENS[1:], strict=True)], 1)
     assert relative_error(packed, alone) < 1e-12
     for a, b in zip(gradients([packed], inputs), gradients([alone], inputs), strict=True):
         assert relative_error(a, b) < 1e-12
@@ -89,10 +90,10 @@ def test_steps_equal_the_full_pass():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_narrow_inputs_are_computed_in_float32(dtype):
-    narrow = make(2, 33, dtype=dtype)
-    exact = {n: x.detach().double() for n, x in narrow.items()}
-    found = short_conv(**narrow, backend="torch")
+def test_16_bit_inputs_are_computed_in_float32(dtype):
+    inputs = make(2, 33, dtype=dtype)
+    exact = {n: x.detach().double() for n, x in inputs.items()}
+    found = short_conv(**inputs, backend="torch")
     assert found.dtype == dtype
     expected = short_conv(**exact, backend="reference")
     assert relative_error(found, expected) < (1e-6 if dtype == torch.float32 else 4e-3)

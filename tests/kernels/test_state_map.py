@@ -2,31 +2,28 @@
 
 from __future__ import annotations
 
-import os
-
 import pytest
 import torch
 from inputs import make_inputs, relative_error
+from interpreted import INTERPRETED
 from torch import Tensor
 
 from hola_kernels import entering_gradient, gated_delta_rule, state_map
-from hola_kernels.gated_delta.state_map import compose
-
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+from hola_kernels.gated_delta.affine_maps import compose
 
 
 def measure(inputs: dict[str, Tensor], backend: str, dtype: torch.dtype = torch.float64) -> tuple[float, float]:
     """Errors of the last state M S + E and of the entering gradient, for a random state and output gradient."""
     exact = {n: inputs[n].detach().double() for n in ("q", "k", "v", "log_decay", "beta")}
-    narrow = {n: x.to(dtype) for n, x in exact.items()}
+    rounded = {n: x.to(dtype) for n, x in exact.items()}
     (rows, _, heads, key), value = exact["k"].shape, exact["v"].shape[-1]
     generator = torch.Generator().manual_seed(2)
     state = torch.randn(rows, heads, key, value, generator=generator, dtype=torch.float64).requires_grad_()
     do = torch.randn(exact["v"].shape, generator=generator, dtype=torch.float64)
     o, _, last = gated_delta_rule(**exact, initial_state=state, backend="torch" if INTERPRETED else "reference")
     (wanted,) = torch.autograd.grad((o * do).sum(), state)
-    matrix, addition = state_map(**{n: narrow[n] for n in ("k", "v", "log_decay", "beta")}, backend=backend)
-    found = entering_gradient(**{n: narrow[n] for n in ("q", "k", "log_decay", "beta")}, do=do.to(dtype),
+    matrix, addition = state_map(**{n: rounded[n] for n in ("k", "v", "log_decay", "beta")}, backend=backend)
+    found = entering_gradient(**{n: rounded[n] for n in ("q", "k", "log_decay", "beta")}, do=do.to(dtype),
                               backend=backend)
     return relative_error(matrix.double() @ state + addition.double(), last), relative_error(found, wanted)
 
@@ -57,15 +54,12 @@ if not INTERPRETED:
             found = entering_gradient(**{n: tokens[n] for n in ("q", "k", "log_decay", "beta")}, do=tokens["v"],
                                       backend=backend)
             assert not found.any() and found.shape == addition.shape
-
-    def test_triton_under_the_interpreter(interpreted):
-        interpreted(__file__)
 else:
     from hola_kernels.gated_delta import triton_rule
 
     @pytest.mark.parametrize("chunks_a_span", [None, 1])
     def test_triton_matches_the_rule(chunks_a_span, monkeypatch):
-        """Whole pieces, and pieces walked in spans of one chunk."""
+        """Whole pieces, and pieces split into spans of one chunk."""
         if chunks_a_span:
             monkeypatch.setattr(triton_rule, "span_chunks", lambda *_: chunks_a_span)
         last, entering = measure(make_inputs(2, 70, heads=1, key=64, value=64), "triton", torch.float32)

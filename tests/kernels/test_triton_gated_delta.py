@@ -1,52 +1,54 @@
 """The Triton gated delta rule under Triton's interpreter, on the CPU, tiny shapes.
 
-The interpreter must be chosen before triton is imported, so one test starts this same file
-again in a process of its own. It sees indexing, masks and formulas; miscompiles, rounding of
-16-bit products and races are for `python -m hola_kernels.verify` on a GPU.
+It shows errors of indexing, masks and formulas; miscompiles, rounding of 16-bit products and races are for
+`python -m hola_kernels.verify` on a GPU.
 """
 
 from __future__ import annotations
 
-import os
-
 import pytest
 import torch
+from interpreted import INTERPRETED
 
 from hola_kernels import KernelError, gated_delta_rule
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 if not INTERPRETED:
-    def test_under_the_interpreter(interpreted):
-        interpreted(__file__)
-
     def test_without_the_interpreter_the_cpu_is_refused_by_name():
         x = torch.randn(1, 4, 1, 64)
         with pytest.raises(KernelError, match="TRITON_INTERPRET"):
             gated_delta_rule(q=x, k=x, v=x, log_decay=-x[..., 0] ** 2, beta=x[..., 0].sigmoid(), backend="triton")
 else:
+    from hola_kernels import triton_config
     from hola_kernels.gated_delta import triton_layout
     from hola_kernels.gated_delta.verify_cases import KINDS, limit, measure
 
     @pytest.mark.parametrize("kind", KINDS)
     def test_all_outputs_and_gradients_match_the_definition(kind):
-        check(KINDS[kind] | {"cuts": tuple(min(cut, 130) for cut in KINDS[kind]["cuts"]), "heads": 2})
+        check(KINDS[kind] | {"cu_seqlens": tuple(min(cut, 130) for cut in KINDS[kind]["cu_seqlens"]), "heads": 2})
 
     @pytest.mark.parametrize("length", [1, 63, 64, 65])
     def test_lengths_around_a_chunk(length):
-        check({"cuts": (0, length), "decay": 0.01}, heads=1)
+        check({"cu_seqlens": (0, length), "decay": 0.01}, heads=1)
 
     @pytest.mark.parametrize(("key", "value"), [(64, 128), (128, 64), (256, 64)])
     def test_unequal_dimensions(key, value):
-        check({"cuts": (0, 70), "decay": 0.01}, heads=1, key=key, value=value)
+        check({"cu_seqlens": (0, 70), "decay": 0.01}, heads=1, key=key, value=value)
+
+    @pytest.mark.parametrize("kind", ["packed", "split"])
+    def test_the_tiles_of_gpus_with_little_shared_memory(kind, monkeypatch):
+        monkeypatch.setattr(triton_config, "has_small_blocks", lambda: True)
+        assert triton_config.launch_of("gated_delta_forward", 128, 128, 2).tile == 64
+        cu_seqlens = tuple(min(bound, 130) for bound in KINDS[kind]["cu_seqlens"])
+        check(KINDS[kind] | {"cu_seqlens": cu_seqlens}, heads=1, key=128, value=128, dtype=torch.float16)
 
     def test_half_precision():
-        check({"cuts": (0, 100), "decay": 0.01}, dtype=torch.float16)
+        check({"cu_seqlens": (0, 100), "decay": 0.01}, dtype=torch.float16)
 
     def test_half_precision_in_spans():
-        check(KINDS["split"] | {"cuts": (0, 0, 20, 300), "chunks_a_span": 1, "heads": 1}, dtype=torch.float16)
+        check(KINDS["split"] | {"cu_seqlens": (0, 0, 20, 300), "chunks_a_span": 1, "heads": 1}, dtype=torch.float16)
 
     def test_what_is_remembered_over_many_spans_is_not_worn_down():
-        check(KINDS["split, remembered"], dtype=torch.float16)
+        check(KINDS["split, early writes"], dtype=torch.float16)
 
     def test_only_empty_documents_hand_the_state_on():
         x = torch.randn(1, 0, 2, 64)
@@ -68,30 +70,27 @@ else:
         with pytest.raises(KernelError, match="K = 48, the gated delta kernels take 64, 128, 256"):
             gated_delta_rule(q=x, k=x, v=x, log_decay=-x[..., 0] ** 2, beta=x[..., 0].sigmoid(), backend="triton")
 
-    def test_a_layout_is_made_once_for_a_tensor_and_forgotten_with_it():
-        cuts = torch.tensor([0, 0, 100, 101])
-        layout = triton_layout.layout_of(cuts, cuts.device, 1)
-        assert triton_layout.layout_of(cuts, cuts.device, 1) is layout
+    def test_a_layout():
+        cu_seqlens = torch.tensor([0, 0, 100, 101])
+        layout = triton_layout.layout_of(cu_seqlens, cu_seqlens.device, 1)
         assert layout.chunks.tolist() == [[0, 64], [64, 36], [100, 1]]
         assert layout.spans.tolist() == [[0, 0, 0], [0, 64, 0], [64, 100, 1], [100, 101, 2]]
         assert layout.segment_spans.tolist() == [[0, 1], [1, 2], [3, 1]] and layout.most_spans == 2
-        known = len(triton_layout._known)
-        del cuts
-        assert len(triton_layout._known) == known - 1
 
-    @pytest.mark.parametrize("cuts", [[0, 0, 100, 101], [0, 64, 128, 128, 128], [0, 300], [0, 0, 0]])
+    @pytest.mark.parametrize("cu_seqlens", [[0, 0, 100, 101], [0, 64, 128, 128, 128], [0, 300], [0, 0, 0]])
     @pytest.mark.parametrize("span_chunks", [1, 2])
-    def test_a_bounded_layout_is_the_exact_one_and_nothing_after_it(cuts, span_chunks):
+    def test_a_bounded_layout_is_the_exact_one_and_nothing_after_it(cu_seqlens, span_chunks):
         """Chunks and spans in the same order; segments of several spans, of one, of none."""
-        tokens, cuts = cuts[-1], torch.tensor(cuts)
-        exact = triton_layout.layout_of(cuts, cuts.device, span_chunks)
-        bounded = triton_layout.bounded_layout(cuts, tokens, span_chunks, split=True)
+        tokens, cu_seqlens = cu_seqlens[-1], torch.tensor(cu_seqlens)
+        exact = triton_layout.layout_of(cu_seqlens, cu_seqlens.device, span_chunks)
+        bounded = triton_layout.bounded_layout(cu_seqlens, tokens, span_chunks, split=True)
         for name in ("chunks", "spans"):
             want, found = getattr(exact, name), getattr(bounded, name)
             assert torch.equal(found[:len(want)], want) and found.dtype == want.dtype and not found[len(want):].any()
         assert torch.equal(bounded.segment_spans, exact.segment_spans)
-        whole = triton_layout.bounded_layout(cuts, tokens, 99, split=False)
-        assert torch.equal(whole.spans, triton_layout.layout_of(cuts, cuts.device, 99).spans) and whole.most_spans == 1
+        whole = triton_layout.bounded_layout(cu_seqlens, tokens, 99, split=False)
+        assert torch.equal(whole.spans, triton_layout.layout_of(cu_seqlens, cu_seqlens.device, 99).spans)
+        assert whole.most_spans == 1
 
     def check(kind, *, dtype=torch.float32, key=64, value=64, heads=2):
         errors = measure(**{"dtype": dtype, "key": key, "value": value, "heads": heads, "device": "cpu", **kind})

@@ -7,8 +7,9 @@ import textwrap
 import pytest
 import torch
 
-from hola_kernels.verify import main, rows_of
+from hola_kernels.verify import main
 from hola_kernels.verify_jobs import in_processes
+from hola_kernels.verify_rows import rows_of
 
 CASES = """
     import os

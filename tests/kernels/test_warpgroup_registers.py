@@ -67,7 +67,7 @@ def test_a_wait_for_all_products_is_enough():
 
 
 def test_a_wait_for_all_but_the_last_product_covers_the_one_before():
-    """That of R36 is waited for behind the next product, and written behind the loop only."""
+    """That of R36 is waited for after the next product, and written after the loop only."""
     assert not found(LOOP.replace("R26", "R38").format(loaded="R4", pending="0x1"))
 
 

@@ -53,7 +53,7 @@ def register_operand(instruction: Instruction) -> frozenset[int]:
 
 def _first_writes(program: list[Instruction], product: int) -> list[str]:
     """Follows every way on from the product until a wait covers it."""
-    registers, place = register_operand(program[product]), {x.address: i for i, x in enumerate(program)}
+    registers, index_of = register_operand(program[product]), {x.address: i for i, x in enumerate(program)}
     # (instruction, is the product's group closed, groups closed after it)
     open_ways, seen, found = [(product, False, 0)], set(), []
     while open_ways:
@@ -71,7 +71,7 @@ def _first_writes(program: list[Instruction], product: int) -> list[str]:
             found.append(f"{program[product].address:#x} {program[product].text}: R{min(registers)} and on written at "
                          f"{instruction.address:#x} {instruction.text}")
             continue
-        open_ways += [(place[address], closed, after) for address in ways_on(program, at)]
+        open_ways += [(index_of[address], closed, after) for address in ways_on(program, at)]
     return found
 
 

@@ -9,7 +9,7 @@ from helpers import MICRO
 
 from hola_megatron.config import build_recipe
 from hola_megatron.model.activation import SwiGLU
-from hola_megatron.parallel.groups import start
+from hola_megatron.startup.start import start
 
 
 def built(precision: str, model: dict | None = None):

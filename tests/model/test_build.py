@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from hola_megatron.config import load_recipe
-from hola_megatron.model.flops import flops_per_token, mean_visible_pairs
-from hola_megatron.parallel.groups import start
+from hola_megatron.layers.hola.costs import mean_visible_pairs
+from hola_megatron.model.flops import flops_per_token
+from hola_megatron.startup.start import start
 
 RECIPES = Path(__file__).parent.parent.parent / "recipes"
 
@@ -48,11 +49,11 @@ def test_matmul_parameters_are_those_of_the_built_model():
     """The formula against the model: every 2-d weight that a token is multiplied with, plus the tied output."""
     from hola_megatron.model.build import build_model
     from hola_megatron.model.flops import matmul_parameters
-    from hola_megatron.model.parameters import pieces
+    from hola_megatron.model.parameters import param_shards
 
     for name in ("hola_340m", "gdn_46m", "transformer_340m", "hola_tiny"):
         recipe = load_recipe(RECIPES / f"{name}.yaml")
-        built = pieces(build_model(recipe, device=torch.device("meta")), 0, 1)
+        built = param_shards(build_model(recipe, device=torch.device("meta")), 0, 1)
         counted = sum(p.shape[0] * p.shape[1] for p in built if len(p.shape) == 2 and "_conv" not in p.name)
         assert matmul_parameters(recipe.model) == counted
 
@@ -69,10 +70,11 @@ def test_visible_pairs_are_those_counted_one_by_one():
 
 def test_start_values_follow_the_method():
     from hola_megatron.model.build import build_model
-    from hola_megatron.model.parameters import pieces
+    from hola_megatron.model.parameters import param_shards
 
     recipe = load_recipe(RECIPES / "hola_tiny.yaml")
-    built = {p.name: p.of(p.parameter.data) for p in pieces(build_model(recipe, device=torch.device("cpu")), 0, 1)}
+    model = build_model(recipe, device=torch.device("cpu"))
+    built = {p.name: p.of(p.parameter.data) for p in param_shards(model, 0, 1)}
     layer = {n.rpartition("layers.1.mixer.")[2]: x for n, x in built.items() if "layers.1.mixer." in n}
     assert torch.equal(layer["gate"], torch.full_like(layer["gate"], -4.0))
     assert torch.equal(layer["sink"], torch.zeros_like(layer["sink"]))
@@ -89,13 +91,13 @@ def test_start_values_depend_on_seed_and_name_only(monkeypatch):
     """Not on the other layers, nor on how many threads draw them."""
     from hola_megatron.model import parameters
     from hola_megatron.model.build import build_model
-    from hola_megatron.model.parameters import pieces
+    from hola_megatron.model.parameters import param_shards
 
     def built(*overrides: str, threads: int = 5) -> dict[str, torch.Tensor]:
         monkeypatch.setattr(parameters, "_threads", lambda: threads)
         recipe = load_recipe(RECIPES / "hola_tiny.yaml", list(overrides))
         return {p.name: p.of(p.parameter.data).clone()
-                for p in pieces(build_model(recipe, device=torch.device("cpu")), 0, 1)}
+                for p in param_shards(build_model(recipe, device=torch.device("cpu")), 0, 1)}
 
     hola, gdn, other = built(), built("model.pattern=G", threads=1), built("train.seed=7")
     assert all(torch.equal(hola[name], x) for name, x in gdn.items())

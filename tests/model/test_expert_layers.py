@@ -12,10 +12,10 @@ from helpers import MICRO
 from hola_megatron.config import Recipe, build_recipe, load_recipe
 from hola_megatron.errors import CheckpointError, RecipeError
 from hola_megatron.model.flops import matmul_parameters
-from hola_megatron.parallel.groups import start
 from hola_megatron.plan.memory import _standing
 from hola_megatron.plan.parameters import active_parameters, parameters_by_part, rank_parameters
-from hola_megatron.recipe_checks import check_recipe
+from hola_megatron.recipe.checks import check_recipe
+from hola_megatron.startup.start import start
 
 RECIPES = Path(__file__).parent.parent.parent / "recipes"
 SHIPPED = RECIPES / "hola_moe_7b_a1b.yaml"
@@ -33,7 +33,7 @@ def engine_of(made: Recipe):
 
 
 def step(engine, made: Recipe, **arguments: object):
-    from hola_megatron.monitor.profiler import _synthetic
+    from hola_megatron.profile.profiler import _synthetic
 
     return engine.train_step(_synthetic(made, engine.layout), 1e-2, **arguments)
 
@@ -52,11 +52,11 @@ def test_the_shipped_model_is_the_one_its_name_says():
 def test_work_is_that_of_the_chosen_experts():
     """The weights a token is multiplied with, counted in the built model: the router, and 3 of 4 experts."""
     from hola_megatron.model.build import build_model
-    from hola_megatron.model.parameters import pieces
+    from hola_megatron.model.parameters import param_shards
 
     made = recipe({"top_k": 3})
     start(made)
-    built = pieces(build_model(made, device=torch.device("meta")), 0, 1)
+    built = param_shards(build_model(made, device=torch.device("meta")), 0, 1)
     products = {p.name: p.shape[0] * p.shape[1] for p in built if len(p.shape) == 2 and "_conv" not in p.name}
     idle = sum(size for name, size in products.items() if ".experts.3." in name)
     assert idle == made.model.layers * 3 * 32 * 32 and any(name.endswith("mlp.router.weight") for name in products)
@@ -120,6 +120,31 @@ def test_the_balancing_loss_reaches_the_router():
         layer = engine.model[0].module.decoder.layers[0]
         gradients[weight] = layer.mlp.router.weight.main_grad.clone()
     assert (gradients[1.0] - gradients[0.0]).norm() > 0.01 * gradients[0.0].norm() > 0
+
+
+@pytest.mark.parametrize("recompute", ["none", "full"])
+def test_the_balancing_loss_has_its_weight_whatever_share_of_tokens_has_a_loss(recompute):
+    """What it adds to the router's gradient does not depend on how many labels count."""
+    from hola_megatron.profile.profiler import _synthetic
+
+    added = {}
+    for share in (1.0, 0.25):
+        gradients = {}
+        for weight in (0.0, 1.0):
+            made = dataclasses.replace(recipe({"aux_loss_weight": weight}))
+            made = dataclasses.replace(made, train=dataclasses.replace(made.train, recompute=recompute))
+            engine = engine_of(made)
+            batches = []
+            for number, batch in enumerate(_synthetic(made, engine.layout)):
+                mask = torch.ones_like(batch.loss_mask)
+                if share < 1:
+                    mask[:, int(share * mask.shape[1]) + number:] = 0  # not alike in all micro-batches
+                batches.append(dataclasses.replace(batch, loss_mask=mask))
+            engine.train_step(batches, 0.0, judge=lambda loss, norm: "only gradients")
+            gradients[weight] = engine.model[0].module.decoder.layers[0].mlp.router.weight.main_grad.clone()
+        added[share] = gradients[1.0] - gradients[0.0]
+    assert added[1.0].norm() > 1e-3
+    assert (added[0.25] - added[1.0]).norm() < 1e-3 * added[1.0].norm()
 
 
 def test_the_bias_follows_the_experts_use_and_not_a_refused_step():

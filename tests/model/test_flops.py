@@ -10,8 +10,10 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from hola_megatron.config import ModelConfig, load_recipe
+from hola_megatron.layers.hola import HOLA
+from hola_megatron.layers.spec import LayerKind
 from hola_megatron.model.flops import flops_per_token, matmul_parameters
-from hola_megatron.parallel.groups import start
+from hola_megatron.startup.start import start
 
 RECIPES = Path(__file__).parent.parent.parent / "recipes"
 
@@ -20,7 +22,7 @@ def tensor(*size: int) -> torch.Tensor:
     return torch.empty(*size, device="meta", requires_grad=True)
 
 
-def counted(model: ModelConfig, kind: str, length: int) -> float:
+def counted(model: ModelConfig, kind: LayerKind, length: int) -> float:
     """FLOPs a token of one layer, forward and backward, of the plain definition: every product is a torch operation.
 
     Nothing is computed (meta tensors), but everything is called: for every token of every head its state's three
@@ -37,11 +39,26 @@ def counted(model: ModelConfig, kind: str, length: int) -> float:
         products += [tensor(each, 1, key) @ tensor(each, key, value),   # what the state says of k
                      tensor(each, key, 1) @ tensor(each, 1, value),     # the correction is written
                      tensor(each, 1, key) @ tensor(each, key, value)]   # q reads
-        if kind == "H":
+        if kind is HOLA:
             block, slots = model.cache.block, model.cache.slots
             for seen, tokens in Counter(t % block + 1 + min(slots, t // block * block) for t in range(length)).items():
                 products += [tensor(heads * tokens, 1, key) @ tensor(heads * tokens, key, seen),
                              tensor(heads * tokens, 1, seen) @ tensor(heads * tokens, seen, value)]
+        sum(product.sum() for product in products).backward()
+    return counter.get_total_flops() / length
+
+
+def counted_attention(model: ModelConfig, window: int | None, length: int) -> float:
+    """The same of a softmax attention layer: every token of every head reads what it sees."""
+    heads, width = model.attention_heads, model.hidden_size
+    keys, each = (model.attention_kv_heads or heads) * width // heads, width // heads
+    with FlopCounterMode(display=False) as counter:
+        products = [tensor(length, width) @ tensor(width, rows)
+                    for rows in (width, keys, keys, width, model.mlp_hidden_size, model.mlp_hidden_size)]
+        products += [tensor(length, model.mlp_hidden_size) @ tensor(model.mlp_hidden_size, width)]
+        for seen, tokens in Counter(min(t + 1, window or length) for t in range(length)).items():
+            products += [tensor(heads * tokens, 1, each) @ tensor(heads * tokens, each, seen),
+                         tensor(heads * tokens, 1, seen) @ tensor(heads * tokens, seen, each)]
         sum(product.sum() for product in products).backward()
     return counter.get_total_flops() / length
 
@@ -59,9 +76,18 @@ def test_the_formula_is_what_a_plain_model_does(length):
     assert flops_per_token(model, length) == pytest.approx(by_hand, rel=1e-12)
 
 
+@pytest.mark.parametrize("length", [1, 63, 300])
+@pytest.mark.parametrize("changes", [[], ["model.attention_kv_heads=2"]], ids=str)
+def test_attention_whole_and_in_a_window(changes, length):
+    model = load_recipe(RECIPES / "hola_tiny.yaml", ["model.layers=2", "model.pattern=AW", "model.attention_heads=4",
+                                                     "model.attention_window=64", *changes]).model
+    by_hand = counted_head(model) + sum(counted_attention(model, window, length) for window in (None, 64))
+    assert flops_per_token(model, length) == pytest.approx(by_hand, rel=1e-12)
+
+
 def test_340m_at_2048_tokens_counted():
     model = load_recipe(RECIPES / "hola_340m.yaml").model
-    by_hand = model.layers * counted(model, "H", 2048) + counted_head(model)
+    by_hand = model.layers * counted(model, HOLA, 2048) + counted_head(model)
     assert by_hand == pytest.approx(2.37e9, rel=2e-3)
     assert flops_per_token(model, 2048) == pytest.approx(by_hand, rel=1e-9)
 
@@ -69,7 +95,7 @@ def test_340m_at_2048_tokens_counted():
 def test_the_built_model_multiplies_what_the_formula_says():
     """A real training step of the whole model: its plain matrix products are 6 N_matmul a token, and its padding's."""
     from hola_megatron.engine.megatron import MegatronEngine
-    from hola_megatron.monitor.profiler import _synthetic
+    from hola_megatron.profile.profiler import _synthetic
 
     recipe = load_recipe(RECIPES / "hola_tiny.yaml", ["train.global_batch_size=1", "train.micro_batch_size=1"])
     layout = start(recipe)

@@ -11,8 +11,8 @@ from helpers import MICRO
 
 from hola_megatron.config import build_recipe, load_recipe
 from hola_megatron.data.stream import Batch
-from hola_megatron.model.logits import logits_copies, piece_rows
-from hola_megatron.parallel.groups import start
+from hola_megatron.model.logits import chunk_rows, logits_copies
+from hola_megatron.startup.start import start
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -46,11 +46,31 @@ def test_pieces_are_the_whole(rows, dtype, limit):
     assert torch.equal(again, found)
 
 
+def test_a_token_that_does_not_count_may_have_no_number():
+    """Its logits are infinite; the sum and all gradients are those without it."""
+    from megatron.core import parallel_state
+
+    from hola_megatron.model.loss import summed_loss
+
+    g = torch.Generator().manual_seed(0)
+    hidden, weight = torch.randn(3, 2, 16, generator=g), torch.randn(40, 16, generator=g)
+    labels, mask = torch.randint(0, 40, (2, 3), generator=g), torch.ones(2, 3)
+    mask[0, 1], found = 0.0, []
+    for size in (1.0, 3e38):
+        hidden[1, 0] = size
+        leaves = [x.clone().requires_grad_() for x in (hidden, weight)]
+        total = summed_loss(hidden=leaves[0], weight=leaves[1], labels=labels, mask=mask, rows=4,
+                            sequence_parallel=False,
+                            group=parallel_state.get_tensor_model_parallel_group())
+        found.append([total.detach(), *torch.autograd.grad(total, leaves)])
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True)) and found[0][0].isfinite()
+
+
 @pytest.mark.parametrize("tokens", [1, 63, 100, 4096, 65536, 65600])
 @pytest.mark.parametrize("budget", [1e-6, 1e-3, 0.03, 0.5, 2.0, 100.0])
 @pytest.mark.parametrize("columns", [264, 32000])
 def test_pieces_never_cost_more_than_the_budget(tokens, budget, columns):
-    rows = piece_rows(tokens, columns, 2, 2.0, budget)
+    rows = chunk_rows(tokens, columns, 2, 2.0, budget)
     if rows is None:
         assert 2.0 * tokens * columns * 2 <= budget * 1e9
     else:
@@ -61,7 +81,7 @@ def test_pieces_never_cost_more_than_the_budget(tokens, budget, columns):
 
 
 def test_no_budget_means_no_pieces():
-    assert piece_rows(10**7, 10**6, 2, 2.0, None) is None
+    assert chunk_rows(10**7, 10**6, 2, 2.0, None) is None
     assert logits_copies(2, True) == 2 and logits_copies(2, False) == 3 and logits_copies(4, False) == 1
 
 

@@ -7,9 +7,10 @@ import torch
 from helpers import MICRO
 
 from hola_megatron.config import build_recipe
+from hola_megatron.layers.hola import HOLA
 from hola_megatron.model.layer_specs import layer_spec
 from hola_megatron.model.norm import RMSNorm, RMSNormWithResidual
-from hola_megatron.parallel.groups import start
+from hola_megatron.startup.start import start
 
 
 def built(precision: str, **model):
@@ -50,5 +51,5 @@ def test_the_final_norm_returns_one_tensor_and_the_recipes_backend_runs():
 
 @pytest.mark.parametrize("kind", ["local", "te"])
 def test_both_kinds_of_layers_have_them(kind):
-    parts = layer_spec("H", kind).submodules
+    parts = layer_spec(HOLA, kind).submodules
     assert parts.input_layernorm is parts.pre_mlp_layernorm is RMSNormWithResidual

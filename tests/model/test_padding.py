@@ -10,8 +10,9 @@ from helpers import MICRO
 
 from hola_megatron.config import build_recipe, load_recipe
 from hola_megatron.data.stream import Batch
-from hola_megatron.model.padding import projection_padding, projection_rows
-from hola_megatron.parallel.groups import start
+from hola_megatron.layers.hola import HOLA
+from hola_megatron.layers.padding import projection_padding, projection_rows
+from hola_megatron.startup.start import start
 
 
 @pytest.mark.parametrize("name", ["hola_340m", "hola_7b", "hola_1b_hybrid"])
@@ -19,15 +20,15 @@ from hola_megatron.parallel.groups import start
 def test_every_ranks_projection_is_a_multiple_of_64(name, ranks):
     model = load_recipe(f"recipes/{name}.yaml").model
     for kind in set(model.layer_kinds):
-        rows = projection_rows(model, kind, ranks)
+        rows = projection_rows(kind, model, ranks)
         assert 0 <= projection_padding(rows) < 64 and (rows + projection_padding(rows)) % 64 == 0
-    assert projection_rows(load_recipe("recipes/hola_340m.yaml").model, "H", 1) == 4104
+    assert projection_rows(HOLA, load_recipe("recipes/hola_340m.yaml").model, 1) == 4104
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_padding_stays_zero_and_has_no_name(precision):
     from hola_megatron.engine.megatron import MegatronEngine
-    from hola_megatron.model.parameters import pieces
+    from hola_megatron.model.parameters import param_shards
 
     values = json.loads(json.dumps(MICRO))
     values["data"]["train"] = "unused"
@@ -42,11 +43,11 @@ def test_padding_stays_zero_and_has_no_name(precision):
     for name, parameter in engine.model[0].named_parameters():
         if not name.endswith("in_proj.weight"):
             continue
-        named = [piece for piece in pieces(engine.model, 0, 1) if piece.parameter is parameter]
-        used = sum(piece.rows for piece in named)
+        named = [shard for shard in param_shards(engine.model, 0, 1) if shard.parameter is parameter]
+        used = sum(shard.rows for shard in named)
         padded += parameter.shape[0] - used
-        assert parameter.shape[0] % 64 == 0 and sorted(piece.start for piece in named)[0] == 0
-        assert sum(piece.shape[0] for piece in named) == used
+        assert parameter.shape[0] % 64 == 0 and sorted(shard.start for shard in named)[0] == 0
+        assert sum(shard.shape[0] for shard in named) == used
         for kind, value in engine.state.gather(parameter, 0).items():
             assert not value[used:].any(), (name, kind)
             assert kind != "exp_avg" or value[:used].any(1).all()

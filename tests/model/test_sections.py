@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from hola_megatron.model.sections import split_sections
+from hola_megatron.layers.sections import split_sections
 
 WIDTHS = [3, 2, 4]
 

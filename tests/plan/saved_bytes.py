@@ -26,11 +26,14 @@ from interpreted import patch_language_once
 from megatron.core import parallel_state
 from torch import Tensor
 
+from hola_kernels import PackedDocuments
 from hola_megatron.config import Recipe, load_recipe
+from hola_megatron.layers.costs import Share
+from hola_megatron.layers.documents import Documents
 from hola_megatron.model.build import build_model
-from hola_megatron.model.documents import Documents
-from hola_megatron.parallel.groups import Layout, start
-from hola_megatron.plan.activations import Share, saved_by_layer
+from hola_megatron.parallel.groups import Layout
+from hola_megatron.plan.activations import saved_by_layer
+from hola_megatron.startup.start import start
 
 TINY = Path(__file__).parent.parent.parent / "recipes" / "hola_tiny.yaml"
 SMALL = ["model.layers=1", "model.hidden_size=96", "model.heads=2", "model.mlp_hidden_size=80",
@@ -87,7 +90,7 @@ def measured(recipe: Recipe, layout: Layout) -> int:
     rows, length = (1, train.micro_batch_size * train.sequence_length) if packed else \
         (train.micro_batch_size, train.sequence_length)
     cuts = torch.arange(0, rows * length + 1, train.sequence_length, dtype=torch.int32)
-    documents = Documents.from_cuts(cuts, layout.device, layout.context_rank, layout.context) if packed else None
+    documents = Documents.of(PackedDocuments(cuts), layout.context_rank, layout.context) if packed else None
     pieces = layout.context * (layout.tensor if recipe.parallel.sequence else 1)
     x = torch.randn(length // pieces, rows, recipe.model.hidden_size, requires_grad=True)
     owned = {parameter.untyped_storage().data_ptr() for parameter in chunk.parameters()}

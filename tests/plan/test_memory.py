@@ -7,10 +7,14 @@ from pathlib import Path
 import pytest
 
 from hola_megatron.config import load_recipe
-from hola_megatron.plan.activations import Share, saved_by_layer
-from hola_megatron.plan.memory import GB, _moments, micro_batches_held, stage_memory, worst_stage
+from hola_megatron.layers.costs import Share
+from hola_megatron.layers.gdn.costs import spans
+from hola_megatron.layers.hola import HOLA
+from hola_megatron.plan.activations import saved_by_layer
+from hola_megatron.plan.memory import GB, _moments, live_micro_batches, stage_memory, worst_stage
 
 RECIPES = Path(__file__).parent.parent.parent / "recipes"
+TENSOR = ["parallel.tensor=4", "parallel.sequence=true"]
 
 # one H200, bf16, Transformer Engine 2.20.2, torch 2.11.0, triton 3.6.0, commit 29bd998: peak of
 # torch.cuda.max_memory_allocated of tools/profile.py in 10^9 bytes. The figures of docs/plan.md.
@@ -34,26 +38,26 @@ def test_estimates_meet_measured_peaks(name, overrides, gb):
 def test_memory_grows_with_the_micro_batch_and_shrinks_with_every_cut():
     sizes = [memory("hola_1b", f"train.micro_batch_size={size}").total for size in (1, 2, 4, 8, 16)]
     assert sizes == sorted(sizes) and sizes[0] < sizes[-1]
-    whole = memory("hola_7b", "parallel.tensor=1", "parallel.sequence=false", world=64).total
-    tensor = memory("hola_7b", "parallel.sequence=false", world=64).total
-    sequence = memory("hola_7b", world=64).total
-    stages = memory("hola_7b", "parallel.pipeline=4", world=64).total
+    whole = memory("hola_7b", world=64).total
+    tensor = memory("hola_7b", "parallel.tensor=4", world=64).total
+    sequence = memory("hola_7b", *TENSOR, world=64).total
+    stages = memory("hola_7b", *TENSOR, "parallel.pipeline=4", world=64).total
     assert whole > tensor > sequence > stages
-    assert memory("hola_7b", world=64).total > memory("hola_7b", world=512).total  # optimizer state
-    assert memory("hola_7b", "parallel.distributed_optimizer=false", world=64).total > sequence
+    assert whole > memory("hola_7b", world=512).total  # optimizer state
+    assert memory("hola_7b", *TENSOR, "parallel.distributed_optimizer=false", world=64).total > sequence
 
 
 def test_recompute_keeps_inputs_and_one_layer():
-    recipe = load_recipe(RECIPES / "hola_7b.yaml", ["train.recompute=full"])
+    recipe = load_recipe(RECIPES / "hola_7b.yaml", [*TENSOR, "train.recompute=full"])
     share, found = Share(recipe), stage_memory(recipe, 64, 0)
     stream = share.norm_tokens * recipe.model.hidden_size * 2
-    layer = sum(term.bytes for term in saved_by_layer(share, "H"))
+    layer = sum(term.bytes for term in saved_by_layer(share, HOLA))
     assert found.moment == "backward"
     assert found.parts["activations"] + found.parts["kernels"] == pytest.approx(31 * stream + layer)
 
 
 def test_long_context_is_cut_by_context_ranks():
-    long = ["train.sequence_length=65536", "train.global_batch_size=64"]
+    long = [*TENSOR, "train.sequence_length=65536", "train.global_batch_size=64"]
     alone, cut = (memory("hola_7b", *long, f"parallel.context={ranks}", world=64) for ranks in (1, 4))
     for part in ("activations", "logits"):
         assert cut.parts[part] == pytest.approx(alone.parts[part] / 4, rel=0.01)
@@ -65,13 +69,13 @@ def test_long_context_is_cut_by_context_ranks():
 def test_micro_batches_a_stage_holds(stages, chunks, stage, held):
     """1F1B: a stage runs ahead of the last by as many micro-batches as there are stages behind it."""
     recipe = load_recipe(RECIPES / "hola_7b.yaml",
-                         [f"parallel.pipeline={stages}", f"parallel.virtual_pipeline={chunks}"])
-    assert micro_batches_held(recipe, 64, stage) == held
+                         [*TENSOR, f"parallel.pipeline={stages}", f"parallel.virtual_pipeline={chunks}"])
+    assert live_micro_batches(recipe, 64, stage) == held
 
 
 def test_few_micro_batches_are_all_a_stage_can_hold():
-    recipe = load_recipe(RECIPES / "hola_7b.yaml", ["parallel.pipeline=4", "train.global_batch_size=8"])
-    assert micro_batches_held(recipe, 64, 0) == 2
+    recipe = load_recipe(RECIPES / "hola_7b.yaml", [*TENSOR, "parallel.pipeline=4", "train.global_batch_size=8"])
+    assert live_micro_batches(recipe, 64, 0) == 2
 
 
 def test_the_first_stage_holds_more_than_the_last_but_no_logits():
@@ -109,7 +113,7 @@ def test_muon_keeps_one_moment_of_a_matrix():
     import torch
 
     from hola_megatron.engine.megatron import MegatronEngine
-    from hola_megatron.parallel.groups import start
+    from hola_megatron.startup.start import start
 
     for name in ("adamw", "muon"):
         if name == "muon":
@@ -133,18 +137,38 @@ def test_float32_has_no_second_copy_of_the_weights():
 
 def test_states_are_kept_where_the_kernels_keep_them():
     from hola_kernels.triton_config import keeps_states
-    from hola_megatron.plan.activations import KEPT_WIDTH, KERNEL_WIDTHS
+    from hola_megatron.layers.gdn.limits import KERNEL_WIDTHS, SAVED_STATE_WIDTH
 
-    assert [keeps_states(w, w, 2) for w in KERNEL_WIDTHS] == [w <= KEPT_WIDTH for w in KERNEL_WIDTHS]
+    assert [keeps_states(w, w, 2) for w in KERNEL_WIDTHS] == [w <= SAVED_STATE_WIDTH for w in KERNEL_WIDTHS]
     assert not any(keeps_states(w, w, 4) for w in KERNEL_WIDTHS)
+
+
+@pytest.mark.parametrize("changes", [
+    {}, {"slots": 0}, {"read_norm": "none"}, {"local": "none"}, {"local": "window", "window": 1},
+    {"local": "window", "window": 257}, {"local": "window", "window": 258, "slots": 0}], ids=str)
+def test_windows_of_recipes_are_those_of_the_kernels(changes):
+    """A planner's recipe check and its costs restate four rules of hola_kernels, which it must not import."""
+    from hola_kernels.exact_cache import fused_refusal
+    from hola_kernels.exact_cache.read_configs import WINDOW_COLUMNS
+    from hola_megatron.layers import hola
+    from hola_megatron.layers.hola import costs
+    from hola_megatron.layers.hola.mixer import cache_options
+
+    overrides = [f"model.cache.{name}={value}" for name, value in changes.items()]
+    model = load_recipe(RECIPES / "hola_340m.yaml", overrides).model
+    options = cache_options(model)
+    assert costs.reach(model.cache) == options.reach
+    assert costs.window_blocks(model.cache) == options.window_blocks
+    assert hola.is_fused(model.cache) == (fused_refusal(options) is None)
+    assert hola.WINDOW_COLUMNS == WINDOW_COLUMNS
 
 
 def test_a_long_sequence_is_split_where_the_kernels_split_it():
     pytest.importorskip("triton")
     from hola_kernels.gated_delta import triton_split
-    from hola_megatron.plan import activations
+    from hola_megatron.layers.gdn import costs
 
-    assert (activations.SPLIT_GAIN, activations.LEAST_SPAN) == (triton_split.GAIN, triton_split.LEAST_CHUNKS)
-    assert Share(load_recipe(RECIPES / "hola_340m.yaml")).spans == 0  # 16 short sequences fill the GPU
+    assert (costs.SPLIT_GAIN, costs.LEAST_SPAN) == (triton_split.GAIN, triton_split.LEAST_CHUNKS)
+    assert spans(Share(load_recipe(RECIPES / "hola_340m.yaml")), HOLA) == 0  # 16 short sequences fill the GPU
     one = load_recipe(RECIPES / "hola_340m.yaml", ["train.sequence_length=32768", "train.micro_batch_size=1"])
-    assert Share(one).spans == 16  # 8 programs walk a sequence, 132 multiprocessors
+    assert spans(Share(one), HOLA) == 16  # 8 programs walk a sequence, 132 multiprocessors

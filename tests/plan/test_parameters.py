@@ -9,13 +9,20 @@ import pytest
 import torch
 
 from hola_megatron.config import Recipe, load_recipe
-from hola_megatron.model.padding import projection_rows
-from hola_megatron.parallel.groups import start
+from hola_megatron.layers.padding import projection_rows
 from hola_megatron.plan.parameters import parameters_by_part, rank_parameters
+from hola_megatron.startup.start import start
 
 RECIPES = sorted((Path(__file__).parent.parent.parent / "recipes").glob("*.yaml"))
 TINY = RECIPES[0].parent / "hola_tiny.yaml"
-CHANGES = [[], ["model.decay=false"], ["model.cache.sink=false"], ["model.pattern=HGA", "model.attention_heads=4"],
+CHANGES = [[], ["model.rule=delta"], ["model.cache.sink=false"], ["model.pattern=HGA", "model.attention_heads=4"],
+           ["model.pattern=AW", "model.attention_heads=4", "model.attention_kv_heads=2",
+            "model.attention_qk_norm=true"],
+           ["model.pattern=hqlt"], ["model.pattern=hqlt", "model.hqlt.mixing=scalar", "model.value_dim=32"],
+           ["model.pattern=hqlt", "model.hqlt.mixing=sum"], ["model.pattern=ham", "model.ham.router_width=24"],
+           ["model.pattern=ham", "model.ham.router=cosine", "model.rule=delta"],
+           ["model.pattern=deltaproduct", "model.delta_steps=3"],
+           ["model.cache.score=learned", "model.cache.merge=convex", "model.value_dim=32"],
            ["model.tie_embeddings=false", "model.value_dim=32"]]
 
 
@@ -34,7 +41,7 @@ def built(recipe: Recipe) -> list[torch.nn.Module]:
 
 def padding(recipe: Recipe, ranks: int) -> int:
     """Numbers of one rank that fill every fused projection up to rows of 64."""
-    rows = [projection_rows(recipe.model, kind, ranks) for kind in recipe.model.layer_kinds]
+    rows = [projection_rows(kind, recipe.model, ranks) for kind in recipe.model.layer_kinds]
     return sum((64 - n % 64) % 64 for n in rows) * recipe.model.hidden_size
 
 

@@ -15,7 +15,7 @@ from hola_megatron.plan.estimate import Machine, make_plan
 from hola_megatron.plan.memory import GB, worst_stage
 from hola_megatron.plan.report import report
 from hola_megatron.plan.table import GPUS, MEMORY_GB, layout_table
-from hola_megatron.recipe_checks import check_recipe
+from hola_megatron.recipe.checks import check_recipe
 
 ROOT = Path(__file__).parent.parent.parent
 RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
@@ -54,7 +54,7 @@ def test_every_shipped_recipe_has_a_layout_on_the_usual_machines(path, gpus, mem
 
 
 @pytest.mark.parametrize(("name", "gpus", "memory", "overrides"), [
-    ("hola_7b", 8, 80, ["parallel.tensor=1", "parallel.sequence=false", "train.micro_batch_size=4"]),
+    ("hola_7b", 8, 80, ["train.micro_batch_size=4"]),
     ("hola_7b", 64, 80, ["train.sequence_length=131072"]), ("hola_340m", 512, 80, []),
     ("hola_13b", 8, 50, []), ("hola_13b", 64, 24, ["train.cuda_graph=true", "train.cuda_graph_documents=200"]),
     ("hola_1b_hybrid", 8, 40, ["train.micro_batch_size=16"])])

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from hola_megatron.config import build_recipe, describe_fields, load_recipe
+from hola_megatron.config import build_recipe, describe_fields, load_recipe, main
 from hola_megatron.errors import RecipeError
 from hola_megatron.plan.parameters import parameters_by_part
-from hola_megatron.recipe_checks import check_recipe
+from hola_megatron.recipe.checks import check_recipe
 
 RECIPES = sorted((Path(__file__).parent.parent.parent / "recipes").glob("*.yaml"))
 TINY = RECIPES[0].parent / "hola_tiny.yaml"
@@ -41,7 +41,14 @@ PARAMETERS = {
     "hola_3b": (3_143_833_728, 2_947_225_728),
     "hola_7b": (7_281_080_320, 7_018_936_320),
     "hola_13b": (14_075_123_840, 13_747_443_840),
+    "ham_340m_share10": (373_269_792, 340_501_792),
+    "ham_46m": (60_613_728, 44_229_728),
+    "hqlt_sync_340m": (366_465_024, 333_697_024),
     "transformer_340m": (341_099_520, 308_331_520),
+    "transformer_340m_gqa": (341_099_520, 308_331_520),
+    "hola_340m_hybrid_3to1": (360_356_640, 327_588_640),
+    "hola_340m_hybrid_6to1": (363_566_160, 330_798_160),
+    "gdn_340m_hybrid_swa": (360_347_280, 327_579_280),
 }
 
 
@@ -74,13 +81,32 @@ def test_large_recipes_divide_over_the_usual_machines(name, world):
 
 def test_the_hybrid_has_one_layer_of_attention_in_four():
     kinds = load_recipe(TINY.parent / "hola_1b_hybrid.yaml").model.layer_kinds
-    assert len(kinds) == 24 and all(kinds[i] == ("A" if i % 4 == 3 else "H") for i in range(24))
+    assert len(kinds) == 24 and all(kinds[i].label == ("A" if i % 4 == 3 else "H") for i in range(24))
+
+
+@pytest.mark.parametrize(("name", "places"), [
+    ("hola_340m_hybrid_3to1", range(3, 24, 4)), ("hola_340m_hybrid_6to1", range(6, 24, 7)),
+    ("gdn_340m_hybrid_swa", range(3, 24, 4))])
+def test_where_the_attention_layers_of_the_340m_hybrids_are(name, places):
+    kinds = load_recipe(TINY.parent / f"{name}.yaml").model.layer_kinds
+    assert [i for i, kind in enumerate(kinds) if kind.label in ("A", "W")] == list(places)
 
 
 def test_every_field_is_described():
     rows = describe_fields()
     assert len(rows) > 60
     assert [key for key, _, text in rows if not text] == []
+
+
+def test_the_program_prints_every_field(capsys):
+    assert main([]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines] == [key for key, _, _ in describe_fields()]
+    assert main(["train.schedule"]) == 0
+    (line,) = capsys.readouterr().out.splitlines()
+    assert line.startswith("train.schedule  \"cosine\"  shape after warm-up")
+    with pytest.raises(RecipeError, match="zzz: no field has this text in its name"):
+        main(["zzz"])
 
 
 def test_overrides_change_values_and_aliases_work():
@@ -97,11 +123,12 @@ def test_unknown_keys_are_named_with_the_nearest_known_one():
 
 
 def test_all_problems_come_at_once():
-    problems = refused("train.leaning_rate=1", "model.layers=none", "train.schedule=linear", "model.heads=0", "bad")
+    problems = refused("train.leaning_rate=1", "model.layers=none", "train.schedule=steps", "model.heads=0", "bad")
     assert len(problems) == 5
     text = "\n".join(problems)
-    for part in ("train.leaning_rate", "model.layers: 'none'", "train.schedule: 'linear'", "'cosine' or 'constant'",
-                 "model.heads: 0", "greater than or equal to 1", "'bad': an override is written"):
+    for part in ("train.leaning_rate", "model.layers: 'none'", "train.schedule: 'steps'",
+                 "'cosine', 'linear', 'wsd' or 'constant'", "model.heads: 0", "greater than or equal to 1",
+                 "'bad': an override is written"):
         assert part in text
 
 
@@ -162,6 +189,13 @@ def test_number_of_processes_must_fit():
     assert "train.global_batch_size" in check_recipe(load_recipe(TINY, ["train.global_batch_size=12"]), world_size=4)[0]
 
 
+def test_loading_for_a_number_of_processes_checks_what_depends_on_it():
+    overrides = ["parallel.tensor=2"]
+    assert load_recipe(TINY, overrides, world_size=2).parallel.tensor == 2
+    with pytest.raises(RecipeError, match="does not divide the 3 processes"):
+        load_recipe(TINY, overrides, world_size=3)
+
+
 @pytest.mark.parametrize(("text", "said"), [
     ("a: [", "not valid YAML"), ("- 1", "a recipe is a mapping"), ("base: nothing.yaml\nname: x", "no such recipe"),
     ("name: a\ntrain:\n  steps: 1\n  steps: 2", "line 4: steps is given twice; keep one"),
@@ -207,7 +241,6 @@ def test_the_others_say_it_at_their_head(name):
     ("parallel.context=2", "parallel.context: 2 is not possible with train.cuda_graph; set it to 1"),
     ("fp8.recipe=current", "fp8.recipe: current is not possible with train.cuda_graph; set it to null"),
     ("engine=deepspeed", "engine: deepspeed is not possible with train.cuda_graph; set it to megatron"),
-    ("model.pattern=HA", "train.cuda_graph: true is not possible where softmax attention keeps documents separate"),
     ("model.backend=torch", "model.backend: torch is not possible with train.cuda_graph; set it to auto or triton"),
     ("model.key_dim=32", "model.key_dim: 32 is not possible with train.cuda_graph, whose kernels take 64, 128, 256"),
     ("train.cuda_graph_documents=3", "train.cuda_graph_documents: 3 is less than train.micro_batch_size = 4"),
@@ -222,3 +255,30 @@ def test_what_cannot_be_captured_is_refused(override, said):
 def test_a_graph_over_data_and_tensor_ranks_is_taken():
     recipe = load_recipe(TINY, ["train.cuda_graph=true", "parallel.tensor=2", "parallel.sequence=true"])
     assert check_recipe(recipe, world_size=4) == []
+
+
+def test_the_earlier_name_of_the_rule_still_loads():
+    """model.decay of recipes, run folders and exports from before model.rule."""
+    values = load_recipe(TINY).to_dict()
+    del values["model"]["rule"]
+    for decay, rule in ((True, "gdn"), (False, "delta")):
+        assert load_recipe(TINY, [f"model.decay={str(decay).lower()}"]).model.rule == rule
+        values["model"]["decay"] = decay
+        assert build_recipe(values).model.rule == rule and values["model"]["decay"] is decay
+    assert refused("model.decay=true", "model.rule=gdn") == [
+        "model.decay: True is given beside model.rule, which takes its place; leave model.decay out"]
+    assert refused("model.decay=3") == ["model.decay: 3 is not allowed; give model.rule: gdn or delta"]
+    assert refused("model.beta_range=3")[0].startswith("model.beta_range: 3 is not allowed")
+
+
+def test_a_delayed_state_is_refused_where_it_is_not_possible():
+    assert load_recipe(TINY, ["model.pattern=G", "model.state_delay=64"]).model.state_delay_mode == "stream"
+    assert refused("model.state_delay=64", "model.pattern=deltaproduct")[0].startswith(
+        "model.state_delay: 64 is for gdn layers")
+    assert refused("model.cache.slots=0", "model.cache.score=learned")[0].startswith(
+        "model.cache.score: learned selects nothing with model.cache.slots = 0")
+    assert refused("model.state_delay=64")[0].startswith("model.state_delay: 64 is for gdn layers")
+    assert refused("model.pattern=G", "model.state_delay=64", "parallel.context=2")[0].startswith(
+        "model.state_delay: 64 is not possible with parallel.context = 2")
+    assert any("not possible with train.cuda_graph" in problem for problem in refused(
+        "model.pattern=G", "model.state_delay=64", "train.cuda_graph=true"))

@@ -1,4 +1,6 @@
-"""A real Slurm on loopback: munged, slurmctld and one slurmd a node, as the user who runs the test.
+"""A real Slurm: munged, slurmctld and one slurmd a node, as the user who runs the test.
+
+The nodes are on loopback, or machines of their own (machines.py) with an address and a name each.
 
 Everything lives in one folder with its own key, sockets, ports and state, so a cluster that
 this machine may belong to is neither used nor disturbed. Needs Debian's slurm-wlm and munge.
@@ -17,13 +19,15 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from machines import Machines
+
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "scancel")
 PACKAGES = ("slurm-wlm", "munge")
 SEARCH_PATH = f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin"
 
 CONFIG = """\
 ClusterName=loopback
-SlurmctldHost={host}(127.0.0.1)
+SlurmctldHost={host}({address})
 SlurmctldPort={ports[0]}
 SlurmUser={user}
 SlurmdUser={user}
@@ -47,8 +51,9 @@ JobAcctGatherType=jobacct_gather/none
 AccountingStorageType=accounting_storage/none
 ReturnToService=2
 KillWait=12
+SlurmdTimeout={lost_seconds}
 PropagateResourceLimits=NONE
-NodeName=node[1-{nodes}] NodeHostname={host} NodeAddr=127.0.0.1 Port={first_port}-{last_port} CPUs={cpus} State=UNKNOWN
+{node_lines}
 PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE OverSubscribe=FORCE:4 State=UP
 """
 
@@ -94,11 +99,17 @@ def _is_free(port: int) -> bool:
     return True
 
 
+def _program(name: str) -> str:
+    return shutil.which(name, path=SEARCH_PATH) or name
+
+
 class Cluster:
     """Started by `start`, ended by `stop`; in between it takes jobs."""
 
-    def __init__(self, folder: Path, nodes: int = 1):
-        self.folder, self.nodes = folder, [f"node{n + 1}" for n in range(nodes)]
+    def __init__(self, folder: Path, nodes: int = 1, machines: Machines | None = None):
+        """machines: where the daemons run, started already; without, on loopback."""
+        self.folder, self.machines = folder, machines
+        self.nodes = machines.names if machines else [f"node{n + 1}" for n in range(nodes)]
         self.environment = {**os.environ, "PATH": SEARCH_PATH, "SLURM_CONF": str(folder / "slurm.conf")}
         self._daemons: list[subprocess.Popen] = []
 
@@ -108,19 +119,41 @@ class Cluster:
         key = self.folder / "munge.key"
         key.write_bytes(secrets.token_bytes(128))
         key.chmod(0o400)
-        ports = free_ports(1 + len(self.nodes))
-        (self.folder / "slurm.conf").write_text(CONFIG.format(
-            host=socket.gethostname().split(".")[0], user=getpass.getuser(), folder=self.folder, nodes=len(self.nodes),
-            ports=ports, first_port=ports[1], last_port=ports[-1], cpus=os.cpu_count()))
+        (self.folder / "slurm.conf").write_text(self._configuration())
         files = [f"--{name}={self.folder / ('munge.' + end)}" for name, end in (
             ("key-file", "key"), ("socket", "socket"), ("pid-file", "pid"), ("log-file", "log"), ("seed-file", "seed"))]
         self._daemon("munged", "--foreground", "--force", "--num-threads=2", *files)
         self._wait(lambda: (self.folder / "munge.socket").exists(), "munged")
         self._daemon("slurmctld", "-D", "-c")
         for node in self.nodes:
+            self.start_node(node)
+        self.wait_for_nodes(self.nodes)
+
+    def start_node(self, node: str) -> None:
+        if self.machines:
+            self.machines.start_node(node, [_program("slurmd"), "-D", "-N", node], self.environment,
+                                     self.folder / f"{node}.out.log")
+        else:
             self._daemon("slurmd", "-D", "-N", node)
+
+    def wait_for_nodes(self, nodes: list[str], state: str = "State=IDLE ") -> None:
         self._wait(lambda: all(f"NodeName={node} " in (text := self.ask("scontrol", "show", "node", node, "-o"))
-                               and "State=IDLE " in text for node in self.nodes), "the nodes")
+                               and state in text for node in nodes), f"nodes {nodes}")
+
+    def _configuration(self) -> str:
+        host = socket.gethostname().split(".")[0]
+        ports = free_ports(1 + len(self.nodes))
+        if self.machines:
+            address = self.machines.head_address
+            lines = [f"NodeName={node} NodeHostname={node} NodeAddr={self.machines.address(node)} Port={ports[1]}"
+                     for node in self.nodes]
+        else:
+            address = "127.0.0.1"
+            lines = [f"NodeName=node[1-{len(self.nodes)}] NodeHostname={host} NodeAddr={address} "
+                     f"Port={ports[1]}-{ports[-1]}"]
+        return CONFIG.format(host=host, address=address, user=getpass.getuser(), folder=self.folder, ports=ports,
+                             lost_seconds=15 if self.machines else 300,
+                             node_lines="\n".join(f"{line} CPUs={os.cpu_count()} State=UNKNOWN" for line in lines))
 
     def stop(self) -> None:
         """End what runs, then the daemons, the last one first."""
@@ -141,8 +174,9 @@ class Cluster:
     def ask(self, *command: str, environment: dict[str, str] | None = None, folder: Path | None = None,
             check: bool = False) -> str:
         """What a Slurm command prints; with check a failure is an AssertionError."""
-        done = subprocess.run(command, env={**self.environment, **(environment or {})}, cwd=folder, check=False,
-                              stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=60)
+        done = subprocess.run([*self._prefix, *command], env={**self.environment, **(environment or {})}, cwd=folder,
+                              check=False, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+                              timeout=60)
         assert not check or done.returncode == 0, f"{' '.join(command)}: {done.stdout}"
         return done.stdout
 
@@ -150,6 +184,11 @@ class Cluster:
         """scontrol's fields of a job: JobState, ExitCode, Restarts, Reason, ..."""
         fields = self.ask("scontrol", "show", "job", str(number), "-o").split()
         return dict(field.split("=", 1) for field in fields if "=" in field)
+
+    @property
+    def _prefix(self) -> list[str]:
+        """What runs a program on the machine of slurmctld."""
+        return self.machines.on_head if self.machines else []
 
     def logs(self) -> str:
         """The last lines of every daemon, for a failure's message."""
@@ -159,7 +198,7 @@ class Cluster:
     def _daemon(self, program: str, *arguments: str) -> None:
         with (self.folder / f"{program}{len(self._daemons)}.out.log").open("w") as output:
             self._daemons.append(subprocess.Popen(
-                [shutil.which(program, path=SEARCH_PATH), *arguments], env=self.environment, stdout=output,
+                [*self._prefix, _program(program), *arguments], env=self.environment, stdout=output,
                 stderr=subprocess.STDOUT, start_new_session=True))
 
     def _wait(self, ready: Callable[[], bool], what: str, seconds: float = 40) -> None:

@@ -6,96 +6,29 @@ each other, as they mostly wait; every test then looks at its own.
 
 from __future__ import annotations
 
-import itertools
 import json
 import os
 import re
 import sys
 import tempfile
-import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from cluster import Cluster, install
-from helpers import ROOT, checkpoint_tensors, metric_rows, run_ranks, write_recipe
+from helpers import LONG, ROOT, checkpoint_tensors, metric_rows, run_ranks
+from jobs import Job, Submitter
 
 pytestmark = pytest.mark.distributed
 
-STEPS = 36
-ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY")
-
-
-@dataclass
-class Job:
-    """A submitted job, its log and its run folder."""
-
-    cluster: Cluster
-    number: str
-    log: Path
-    run: Path
-
-    def said(self) -> str:
-        return self.log.read_text(errors="replace") if self.log.exists() else ""
-
-    def field(self, name: str) -> str:
-        return self.cluster.job(self.number).get(name, "")
-
-    def wait(self, what: Callable[[], bool], meaning: str, seconds: float = 150) -> None:
-        deadline = time.monotonic() + seconds
-        for look in itertools.count(1):
-            if what():
-                return
-            state = self.field("JobState") if look % 10 == 0 else ""  # asking Slurm takes more than looking
-            if (state in ENDED or time.monotonic() > deadline) and not what():
-                raise AssertionError(f"job {self.number} ({state}) never: {meaning}\n{self.said()[-4000:]}\n"
-                                     f"{self.cluster.logs()[-4000:]}")
-            time.sleep(0.1)
-
-    def wait_for_step(self, step: int) -> None:
-        metrics = self.run / "metrics.jsonl"
-        self.wait(lambda: metrics.exists() and max((row["step"] for row in metric_rows(self.run)), default=0) >= step,
-                  f"step {step}")
-
-    def wait_for(self, text: str, times: int = 1) -> None:
-        self.wait(lambda: self.said().count(text) >= times, f"{times} x {text!r}")
-
-    def wait_for_end(self) -> str:
-        """Its exit code, as Slurm keeps it (code:signal)."""
-        self.wait(lambda: self.field("JobState") in ENDED, "ended")
-        return self.field("ExitCode")
-
-    def checkpoints(self) -> list[str]:
-        return sorted(path.name for path in (self.run / "checkpoints").iterdir())
-
-
-class Submitter:
-    """Writes a recipe and submits the real script with it."""
-
-    def __init__(self, cluster: Cluster, folder: Path, data: Path):
-        self.cluster, self.folder, self.data = cluster, folder, data
-        self.site = folder / "site.sh"
-        self.site.write_text(f"HOLA_PYTHON={sys.executable}\nexport HOLA_DEVICE=${{DEVICE:-cpu}}\n"
-                             "export TORCHDYNAMO_DISABLE=1 OMP_NUM_THREADS=1 SBATCH_GPUS_PER_NODE=0\n")
-
-    def run(self, name: str) -> Path:
-        return self.folder / name / "run"
-
-    def recipe(self, name: str) -> Path:
-        return write_recipe(self.folder / f"{name}.json", self.data / "train", run_dir=str(self.run(name)),
-                            train__steps=STEPS)
-
-    def __call__(self, name: str, *arguments: str, options: tuple[str, ...] = (), ranks: int = 2,
-                 by_itself: bool = False, **environment: str) -> Job:
-        """`sbatch options slurm/hola_340m.sh arguments`; with by_itself the script calls sbatch."""
-        recipe, run, log = self.recipe(name), self.run(name), self.folder / f"{name}.log"
-        variables = {"HOLA_SITE": str(self.site), "HOLA_RECIPE": str(recipe), "HOLA_RANKS_PER_NODE": str(ranks),
-                     "HOLA_MIN_FREE_GB": "1", "SBATCH_OUTPUT": str(log), **environment}
-        command = ["slurm/hola_340m.sh"] if by_itself else ["sbatch", "--gpus-per-node=0", *options,
-                                                            "slurm/hola_340m.sh"]
-        said = self.cluster.ask(*command, *arguments, environment=variables, folder=ROOT, check=True)
-        return Job(self.cluster, re.search(r"batch job (\d+)", said)[1], log, run)
+# of the run that is interrupted: (at which step, command). One interruption costs two starts of the program a rank
+INTERRUPTIONS = [
+    (3, "scontrol", "requeue"),                   # as preemption: SIGTERM to all, later SIGKILL
+    (6, "scancel", "--signal=TERM"),              # to the ranks' step
+    (9, "scancel", "--batch", "--signal=USR1")]   # as --signal=B:USR1@300: to the script
+if not LONG:
+    INTERRUPTIONS = INTERRUPTIONS[:1]
+STEPS = 36 if LONG else 20
 
 
 @pytest.fixture(scope="module")
@@ -107,7 +40,7 @@ def submit(tmp_path_factory, text_data) -> Iterator[Submitter]:
         cluster = Cluster(Path(folder), nodes=4)  # the preempted run has two of them
         try:
             cluster.start()
-            yield Submitter(cluster, tmp_path_factory.mktemp("jobs"), text_data)
+            yield Submitter(cluster, tmp_path_factory.mktemp("jobs"), text_data, train__steps=STEPS)
         finally:
             cluster.stop()
 
@@ -133,7 +66,7 @@ def two_codes(submit: Submitter) -> Path:
     python.write_text(f"""#!/bin/bash
 if [[ " $* " == *" hola_megatron.launch "* ]]; then
     [ "$SLURM_PROCID" = 0 ] && sleep 3 && exit 76
-    exec {sys.executable} -m hola_megatron.launch --nproc-per-node 1 --no-python bash -c 'exit 3'
+    exec {sys.executable} -m hola_megatron.launch --standalone --nproc-per-node 1 --no-python bash -c 'exit 3'
 fi
 exec {sys.executable} "$@"
 """)
@@ -160,10 +93,7 @@ def on_cpu() -> None:
 
 def test_an_interrupted_run_ends_as_the_uninterrupted_one(jobs, submit):
     job = jobs["preempted"]
-    for number, (step, *command) in enumerate([
-            (3, "scontrol", "requeue"),                         # as preemption: SIGTERM to all, later SIGKILL
-            (6, "scancel", "--signal=TERM"),                    # to the ranks' step
-            (9, "scancel", "--batch", "--signal=USR1")]):       # as --signal=B:USR1@300: to the script
+    for number, (step, *command) in enumerate(INTERRUPTIONS):
         job.wait_for_step(step)
         job.cluster.ask(*command, job.number, check=True)
         job.wait_for("stopped by SIG", number + 1)
@@ -173,7 +103,7 @@ def test_an_interrupted_run_ends_as_the_uninterrupted_one(jobs, submit):
         job.wait_for(f"attempt {number + 2},")
         assert metric_rows(job.run)[-1]["step"] < STEPS, "the signal came too late to interrupt anything"
     assert job.wait_for_end() == "0:0", job.said()
-    assert job.field("Restarts") == "3"
+    assert job.field("Restarts") == str(len(INTERRUPTIONS))
 
     runs = [submit.run(name) for name in ("whole", "preempted")]
     want, have = (metric_rows(run) for run in runs)
@@ -189,9 +119,9 @@ def test_an_interrupted_run_ends_as_the_uninterrupted_one(jobs, submit):
 
 def test_the_log_goes_on_and_says_what_happened(jobs):
     said = jobs["preempted"].said()
-    for attempt in range(1, 5):
+    for attempt in range(1, len(INTERRUPTIONS) + 2):
         assert f"attempt {attempt}, 2 x 1 ranks on node[" in said
-    assert len(re.findall(r"resuming at step \d+", said)) == 3
+    assert len(re.findall(r"resuming at step \d+", said)) == len(INTERRUPTIONS)
     assert "restarts without progress: 0" in said and "restarts without progress: 1" not in said
     assert re.search(r"health \| node\d: .* writable, \d+ GB free", said)
     assert "slurm | OMP_NUM_THREADS=1" in said and "slurm | finished" in said
@@ -220,7 +150,7 @@ def test_what_one_node_finds_decides_and_not_what_the_others_lose(jobs):
 
 
 @pytest.mark.parametrize(("name", "problem"), [
-    ("full", r"health \| node\d: \S+: \d+ GB free, 1000000000 needed \(HOLA_MIN_FREE_GB\); make room"),
+    ("full", r"health \| node\d: \S+: \d+ GB free, 1000000000 needed \(HOLA_MIN_FREE_GB\); free space"),
     ("no_gpu", r"health \| node\d: (no nvidia-smi, and 999 GPUs are|\d+ GPUs, and 999 are|nvidia-smi fails)")],
     ids=["full", "no_gpu"])
 def test_an_unfit_node_is_named_before_the_start(name, problem, jobs):

@@ -13,12 +13,13 @@ import time
 from collections import defaultdict
 from typing import Any
 
-from hola_megatron import trainer
 from hola_megatron.config import load_recipe
-from hola_megatron.monitor.guard import NumberGuard
-from hola_megatron.monitor.stragglers import Stragglers
-from hola_megatron.monitor.watchdog import Watchdog
-from hola_megatron.parallel.groups import stop
+from hola_megatron.control.guard import NumberGuard
+from hola_megatron.control.watchdog import Watchdog
+from hola_megatron.log.stragglers import Stragglers
+from hola_megatron.startup.start import stop
+from hola_megatron.train import loop as trainer
+from hola_megatron.train.checkpoint_schedule import CheckpointSchedule
 
 SPENT: dict[str, float] = defaultdict(float)
 CALLS: dict[str, int] = defaultdict(int)
@@ -41,12 +42,12 @@ def timed(owner: Any, name: str, label: str) -> None:
 if __name__ == "__main__":
     timed(NumberGuard, "judge", "guard: judging loss and gradient norm")
     timed(NumberGuard, "accept", "guard: keeping the window")
-    timed(trainer, "agree", "agreeing on signals and saves (one collective)")
+    timed(trainer, "all_reduce_max", "agreeing on signals and saves (one collective)")
     timed(Watchdog, "mark", "watchdog: marking progress")
     timed(Watchdog, "_beat", "watchdog: telling the store (its own thread)")
     timed(Stragglers, "add", "stragglers: adding up")
     timed(Stragglers, "report", "stragglers: comparing")
-    timed(trainer.Run, "begin_save", "checkpoint: copying the state")
+    timed(CheckpointSchedule, "begin", "checkpoint: copying the state")
     timed(trainer.Run, "step", "the steps themselves")
     trainer.train(load_recipe(sys.argv[1], sys.argv[2:]), new=True)
     stop()

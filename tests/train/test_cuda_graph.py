@@ -11,18 +11,19 @@ import pytest
 import torch
 from helpers import MICRO, ROOT
 
-from hola_kernels.memo import by_shape, recording, remember
+from hola_kernels import PackedDocuments
+from hola_kernels.block_table import block_table
+from hola_kernels.memo import by_shape, memoise, recording
 from hola_kernels.segments import rows_as_segments
-from hola_kernels.unit_table import unit_table
 from hola_megatron.config import build_recipe, load_recipe
 from hola_megatron.data.stream import Batch
-from hola_megatron.engine.base import build_engine
-from hola_megatron.engine.cuda_graph import MicroBatchGraph, fill, fixed_like, room_for
+from hola_megatron.engine import cuda_graph
+from hola_megatron.engine.build import build_engine
+from hola_megatron.engine.cuda_graph import MicroBatchGraph, default_max_documents, fill, fixed_like
 from hola_megatron.errors import RecipeError
 from hola_megatron.hf.verify import _alone
-from hola_megatron.model.documents import Documents
-from hola_megatron.parallel.groups import start, stop
-from hola_megatron.recipe_checks import check_recipe
+from hola_megatron.recipe.checks import check_recipe
+from hola_megatron.startup.start import start, stop
 
 CPU = torch.device("cpu")
 LENGTH = MICRO["train"]["sequence_length"]
@@ -47,21 +48,22 @@ def test_steps_on_fixed_tensors_are_the_same_steps(monkeypatch):
     many = tuple(range(3, 2 * LENGTH, 3))
     steps = [[batch_of(0), batch_of(1, 5)], [batch_of(2, 7, 9), batch_of(3)], [batch_of(4, *many), batch_of(5)],
              [batch_of(6, *many), batch_of(7, 1, 2)]]
-    bounded, said, make = [], [], Documents.bounded
-    monkeypatch.setattr(Documents, "bounded", lambda cuts, longest: bounded.append(cuts) or make(cuts, longest))
+    bounded, said = [], []
+    monkeypatch.setattr(cuda_graph, "PackedDocuments",
+                        lambda cu_seqlens, longest: bounded.append(cu_seqlens) or PackedDocuments(cu_seqlens, longest))
 
     def losses(fixed: bool) -> list[list[float]]:
         recipe = recipe_of()
         engine = build_engine(recipe, start(recipe))
         if fixed:
-            engine._graph = MicroBatchGraph(engine._one_micro_batch, CPU, room_for(2, LENGTH), said.append)
+            engine._graph = MicroBatchGraph(engine._one_micro_batch, CPU, default_max_documents(2, LENGTH), said.append)
         results = [engine.train_step(step, 1e-3) for step in steps]
         return [[result.loss, result.grad_norm, result.tokens] for result in results]
 
     for want, have in zip(losses(fixed=False), losses(fixed=True), strict=True):
         assert have == pytest.approx(want, rel=1e-6)
     assert len(bounded) == 6 and len({cuts.data_ptr() for cuts in bounded}) == 1  # two had no room
-    assert len(said) == 1 and "a micro-batch of 44 documents has no room in the CUDA graph of 16" in said[0], said
+    assert len(said) == 1 and "a micro-batch has 44 documents, the CUDA graph at most 16" in said[0], said
 
 
 def test_filled_tensors_hold_the_batch_and_empty_documents():
@@ -73,26 +75,27 @@ def test_filled_tensors_hold_the_batch_and_empty_documents():
                                                  (batch.tokens, batch.labels, batch.loss_mask), strict=True))
     end = 2 * LENGTH
     assert fixed.cu_seqlens.tolist() == [0, 5, LENGTH, end, end, end, end]
-    assert fixed_like(replace(batch, cu_seqlens=None), None, CPU).cu_seqlens is None
+    assert fixed_like(replace(batch, documents=None), None, CPU).cu_seqlens is None
 
 
 @pytest.mark.parametrize(("rows", "length", "room"), [(1, 512, 16), (1, 2048, 16), (4, 2048, 32), (16, 2048, 128),
                                                       (1, 32768, 128)])
 def test_room_follows_from_the_recipe(rows, length, room):
-    assert room_for(rows, length) == room
+    assert default_max_documents(rows, length) == room
 
 
 def test_a_recording_holds_the_tables_it_met():
     """A graph reads their memory at every replay, whoever else has forgotten them."""
     made = by_shape(lambda size: torch.zeros(size))
-    cuts = rows_as_segments(2, 64, CPU)
+    cu_seqlens = rows_as_segments(2, 64, CPU)
     with recording() as graph:
-        tables = [made(3), unit_table(cuts, 128, 32, dense=True).table, remember(cuts, "x", lambda: torch.ones(2))]
+        tables = [made(3), block_table(cu_seqlens, 128, 32, equal_length=True).entries,
+                  memoise(cu_seqlens, "x", lambda: torch.ones(2))]
         alive = [weakref.ref(table) for table in tables]
     del tables
     for length in range(65, 200):  # more shapes than are kept
         made(length)
-        unit_table(rows_as_segments(2, length, CPU), 2 * length, 32, dense=True)
+        block_table(rows_as_segments(2, length, CPU), 2 * length, 32, equal_length=True)
     assert all(table() is not None for table in alive[:2])
     del graph
     assert not any(table() is not None for table in alive[:2])

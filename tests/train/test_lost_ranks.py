@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
-from helpers import ROOT, run_ranks, write_recipe
+import torch
+from distributed.forked import run_on_ranks
+from helpers import ROOT, run_ranks, small_recipe
+from torch.distributed import TCPStore
 from train.faults import install_named
 from train.quick_launch import SECONDS, launch_quickly
 
-from hola_megatron.monitor.watchdog import blame
+from hola_megatron.config import load_recipe
+from hola_megatron.control import watchdog
+from hola_megatron.control.blame import blame
 
 pytestmark = pytest.mark.distributed
 
@@ -41,8 +45,8 @@ class Ended:
 
 def run_with(fault: str, folder: Path, data: Path) -> Ended:
     run = folder / "run"
-    recipe = write_recipe(folder / "recipe.yaml", data / "train", run_dir=str(run), train__steps=50,
-                          parallel__hang_seconds=HANG_SECONDS, checkpoint__every=2)
+    recipe = small_recipe(folder / "recipe.yaml", data / "train", run_dir=str(run), train__steps=50,
+                          parallel__hang_seconds=HANG_SECONDS, checkpoint={"every": 2, "background": False})
     done = launch_quickly(["tests/train/faults.py", fault, str(recipe)], folder / "log.txt", ranks=2)
     return Ended(run, done.code, done.output, time.time() - (run / "metrics.jsonl").stat().st_mtime)
 
@@ -80,23 +84,40 @@ def said(step: int, waits: bool, where: str, host: str = "a") -> dict:
      "rank 1 on b hangs in record (shards.py:9), step, after step 7; rank 0 waits"),
     ({0: (said(7, False, "x"), True), 1: (said(6, True, "y"), True), 2: (said(7, False, "x"), True)},
      "rank 1 on a hangs in y"),
-    ({0: (said(7, True, "x"), True), 1: (said(7, True, "y"), True)}, "which of them hangs cannot be told"),
+    ({0: (said(7, True, "x"), True), 1: (said(7, True, "y"), True)}, "which of them hangs is not known"),
     ({0: (said(7, True, "x"), True), 1: (said(7, True, "x", "b"), False), 2: (None, False)},
      "ranks 1, 2 no longer answers (on b); rank 0 waits")])
 def test_who_is_blamed(seen, wanted):
     text = blame(seen)
-    assert wanted in text and ("cannot be told" in wanted or "cannot be told" not in text), text
+    assert wanted in text and ("is not known" in wanted or "is not known" not in text), text
+
+
+def test_the_end_is_explained_once_whoever_looks_last(monkeypatch, tmp_path):
+    """A rank that looks when the first has explained the end and left found itself the first alive, and explained."""
+    store = TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
+    monkeypatch.setenv("MASTER_ADDR", "localhost")
+    monkeypatch.setenv("MASTER_PORT", str(store.port))
+    said = []
+    monkeypatch.setattr(watchdog, "leave", said.append)
+    monkeypatch.setattr(os, "_exit", lambda code: None)
+    first, later = (watchdog.Watchdog(SimpleNamespace(rank=rank, world=2), tmp_path, None) for rank in range(2))
+    first._end(1.0)
+    first.stop()
+    later._end(1.0)
+    lost = str(later.lost_peer(RuntimeError("connection closed by peer")))
+    later.stop()
+    assert len(said) == 1 and "rank 0 ended the run" in lost, (said, lost)
 
 
 def test_a_slow_rank_is_named(text_data, tmp_path):
-    recipe = write_recipe(tmp_path / "recipe.yaml", text_data / "train", run_dir=str(tmp_path / "run"), train__steps=6,
+    recipe = small_recipe(tmp_path / "recipe.yaml", text_data / "train", run_dir=str(tmp_path / "run"), train__steps=6,
                           log__every=6, log__straggler_ratio=2.0)
     done = run_ranks([str(recipe)], tmp_path / "log.txt", ranks=2, before=partial(install_named, "slow@1+@1"))
     assert done.code == 0 and "slow | rank 1 on " in done.output and "slow | rank 0" not in done.output
 
 
 def test_bad_numbers_on_one_rank_are_refused_by_all(text_data, tmp_path):
-    recipe = write_recipe(tmp_path / "recipe.yaml", text_data / "train", run_dir=str(tmp_path / "run"), train__steps=4,
+    recipe = small_recipe(tmp_path / "recipe.yaml", text_data / "train", run_dir=str(tmp_path / "run"), train__steps=4,
                           parallel__distributed_optimizer=True)
     done = run_ranks([str(recipe)], tmp_path / "log.txt", ranks=2, before=partial(install_named, "nan_gradient@3@1"))
     assert done.code == 0, done.output[-3000:]
@@ -104,13 +125,18 @@ def test_bad_numbers_on_one_rank_are_refused_by_all(text_data, tmp_path):
     assert "gradient of model.layers.1.mlp.gate_proj.weight" in done.output
 
 
-def test_groups_wait_as_long_as_the_recipe_says_to_the_second():
+def print_timeout(rank: int, ranks: int, folder: Path) -> None:
+    from megatron.core import parallel_state
+
+    from hola_megatron.startup.start import start, stop
+
+    start(load_recipe(ROOT / "recipes/hola_tiny.yaml", ["parallel.timeout_minutes=0.25"]))
+    group = parallel_state.get_tensor_model_parallel_group()
+    (folder / "timeout").write_text(str(group._get_backend(torch.device("cpu")).options._timeout.total_seconds()))
+    stop()
+
+
+def test_groups_wait_as_long_as_the_recipe_says_to_the_second(tmp_path):
     """parallel.timeout_minutes below one was one once."""
-    program = ("import hola_megatron.quiet, torch; from hola_megatron.config import load_recipe; "
-               "from hola_megatron.parallel.groups import start; from megatron.core import parallel_state as state; "
-               "start(load_recipe('recipes/hola_tiny.yaml', ['parallel.timeout_minutes=0.25'])); "
-               "group = state.get_tensor_model_parallel_group(); "
-               "print(group._get_backend(torch.device('cpu')).options._timeout.total_seconds())")
-    said = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT, check=True,
-                          env={**os.environ, "CUDA_VISIBLE_DEVICES": ""}).stdout
-    assert said.split()[-1] == "15.0"
+    run_on_ranks(print_timeout, 1, tmp_path)
+    assert (tmp_path / "timeout").read_text() == "15.0"

@@ -13,7 +13,7 @@ from torch import Tensor
 from hola_megatron.config import build_recipe
 from hola_megatron.data.stream import Batch
 from hola_megatron.errors import CheckpointError, RecipeError
-from hola_megatron.parallel.groups import start
+from hola_megatron.startup.start import start
 
 RATE, DECAY = 1e-2, 0.1
 HEADS, KEY, WIDTH, MLP = 2, 16, 32, 64
@@ -32,10 +32,10 @@ def engine(optimizer: str = "muon", **train: Any):
 
 def logical(made, kind: str = "weight") -> dict[str, Tensor]:
     found = {}
-    for piece in made.parameter_pieces():
-        held = made.state.gather(piece.parameter, 0)
+    for shard in made.param_shards():
+        held = made.state.gather(shard.parameter, 0)
         if kind in held:
-            found[piece.name] = piece.of(held[kind]).clone()
+            found[shard.name] = shard.of(held[kind]).clone()
     return found
 
 

@@ -8,14 +8,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import checkpoint_tensors, metric_rows, write_recipe
+from helpers import checkpoint_tensors, metric_rows, small_recipe
 from train.faults import Fault, install
 
 from hola_megatron.config import GuardConfig, load_recipe
+from hola_megatron.control.guard import NumberGuard
 from hola_megatron.errors import DivergedError
-from hola_megatron.monitor.guard import NumberGuard
-from hola_megatron.replay import replay
-from hola_megatron.trainer import train
+from hola_megatron.train.loop import train
+from hola_megatron.train.replay import replay
 
 GUARD = {"warmup": 8, "window": 16}
 
@@ -24,7 +24,7 @@ GUARD = {"warmup": 8, "window": 16}
 def run(text_data, tmp_path, monkeypatch):
     """run(fault, guard options, steps) trains in this process, and gives the run folder."""
     def train_with(fault: Fault | None, steps: int = 6, every: int = 1, checkpoint__keep: int = 20, **guard) -> Path:
-        path = write_recipe(tmp_path / "recipe.yaml", text_data / "train", run_dir=str(tmp_path / "run"),
+        path = small_recipe(tmp_path / "recipe.yaml", text_data / "train", run_dir=str(tmp_path / "run"),
                             train__steps=steps, guard={**GUARD, **guard}, log__tensorboard=True,
                             checkpoint={"every": every, "keep": checkpoint__keep, "background": False})
         with monkeypatch.context() as patch:
@@ -62,7 +62,7 @@ def test_one_bad_step_is_skipped_and_written_down(kind, reason, place, run):
 def test_a_spoiled_weight_is_healed_by_a_rewind(run, capsys):
     folder = run(Fault("nan_weight", lambda n: n == 4), steps=10, every=3, max_skips=1)
     said = capsys.readouterr().out
-    assert "rewound | from step 5 to" in said and "step_00000003 | going on with sample 40" in said
+    assert "rewound | from step 5 to" in said and "step_00000003 | continuing with sample 40" in said
     bad = incidents(folder)["step_00000004"]
     assert [b["step"] for b in bad] == [4, 5]
     assert bad[0]["first_nonfinite"] == "weight model.layers.1.mlp.gate_proj.weight"
@@ -84,7 +84,7 @@ def test_a_run_killed_after_a_rewind_does_not_go_back_to_the_bad_samples(run, mo
         if self.state.rewinds:
             raise Killed
 
-    from hola_megatron.trainer import Run
+    from hola_megatron.train.loop import Run
     original = Run.step
     with monkeypatch.context() as patch:
         patch.setattr(Run, "step", die)
@@ -97,7 +97,7 @@ def test_a_run_killed_after_a_rewind_does_not_go_back_to_the_bad_samples(run, mo
 
 def test_what_a_rewind_undid_is_not_gone_on_from(run, monkeypatch, capsys):
     """Killed after a rewind past a checkpoint that was saved amid bad steps."""
-    from hola_megatron.trainer import Run
+    from hola_megatron.train.loop import Run
     original = Run.step
 
     def die(self) -> None:
@@ -119,13 +119,47 @@ def after(run, capsys) -> str:
     return capsys.readouterr().out
 
 
-def test_a_checkpoint_that_holds_a_nan_is_not_healthy_and_pushes_none_out(run, capsys):
-    """The weight goes bad after step 4's update, before any number shows it; only one checkpoint is kept."""
-    folder = run(Fault("nan_after", lambda n: n == 4), steps=8, every=2, max_skips=1, checkpoint__keep=1)
+@pytest.mark.parametrize(("kind", "tensor"), [
+    ("nan_after", "weight of model.layers.1.mlp.gate_proj.weight"),
+    ("inf_moment", "exp_avg_sq of model.layers.1.mlp.gate_proj.weight")])
+def test_a_state_that_is_not_finite_is_not_saved_and_pushes_none_out(kind, tensor, run, capsys):
+    """It goes bad after step 4's update, before any number shows it; only one checkpoint is kept."""
+    folder = run(Fault(kind, lambda n: n == 4), steps=8, every=2, max_skips=1, checkpoint__keep=1)
     said = capsys.readouterr().out
-    assert "rewound | from step 6 to" in said and "step_00000002 | going on" in said
+    assert f"bad state | step 4 | {tensor} holds values that are not finite" in said
+    assert "rewound | from step 4 to" in said and "step_00000002 | continuing with sample 32" in said
+    assert [path.name for path in (folder / "checkpoints").iterdir()] == ["step_00000008"]
+    assert incidents(folder)["step_00000004"][0]["first_nonfinite"] == tensor
     assert all(math.isfinite(row["loss"]) for row in metric_rows(folder))
     assert json.loads((folder / "checkpoints/step_00000008/manifest.json").read_text())["healthy"]
+
+
+def as_older_versions(monkeypatch) -> None:
+    """They saved such a state as a checkpoint that is not healthy, and went on."""
+    from hola_megatron.train.checkpoint_schedule import CheckpointSchedule
+
+    monkeypatch.setattr(CheckpointSchedule, "_nonfinite", lambda self, held: [])
+
+
+def test_a_moment_that_is_not_finite_in_the_newest_checkpoint_is_named_at_resume(run, monkeypatch, capsys):
+    with monkeypatch.context() as patch:
+        as_older_versions(patch)
+        folder = run(Fault("inf_moment", lambda n: n == 4), steps=6, every=2)
+    assert not json.loads((folder / "checkpoints/step_00000006/manifest.json").read_text())["healthy"]
+    capsys.readouterr()
+    run(None, steps=8, every=2)
+    said = capsys.readouterr().out
+    assert "bad state | step 6 | exp_avg_sq of model.layers.1.mlp.gate_proj.weight holds values" in said
+    assert "rewound | from step 6 to" in said and "step_00000002 | continuing with sample 48" in said
+    assert json.loads((folder / "checkpoints/step_00000008/manifest.json").read_text())["healthy"]
+
+
+def test_a_moment_that_is_not_finite_with_nothing_to_go_back_to_is_code_4(run, monkeypatch):
+    with monkeypatch.context() as patch:
+        as_older_versions(patch)
+        run(Fault("inf_moment", lambda n: n == 1), steps=2, every=2)
+    with pytest.raises(DivergedError, match=r"at step 2 exp_avg_sq of model.layers.1.mlp.gate_proj.weight holds"):
+        run(None, steps=4, every=2)
 
 
 def checkpoint_rewinds(folder: Path) -> int:
@@ -143,6 +177,17 @@ def test_numbers_that_stay_bad_stop_the_run_and_can_be_run_again(run, capsys):
     capsys.readouterr()
     replay(run.recipe(), folder / "incidents/step_00000004_sample_40")
     assert "first non-finite: none" in capsys.readouterr().out  # the fault was not in weights or data
+
+
+def test_records_that_cannot_be_written_do_not_end_the_run(run, tmp_path, capsys):
+    """Skipped steps and a rewind, with a file where incidents/ would be."""
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/incidents").write_text("in the way")
+    folder = run(Fault("nan_gradient", lambda n: n in (4, 5)), every=3, max_skips=1)
+    said = capsys.readouterr().out
+    assert said.count("not saved | ") == 3 and "rewound | from step 5 to " in said  # two steps and the state
+    assert (folder / "checkpoints/step_00000006/manifest.json").exists()
+    assert (folder / "incidents").read_text() == "in the way"
 
 
 def test_noise_in_the_data_is_a_spike_and_replays_to_the_same_bits(run, capsys, monkeypatch):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import resource
@@ -11,12 +12,14 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from helpers import ROOT, metric_rows, run_main, write_recipe
+import torch
+from helpers import ROOT, metric_rows, run_main, run_tool, small_recipe
+from safetensors.torch import load_file, save_file
 
-from hola_megatron.checkpoint.folder import newest_usable, open_checkpoint
+from hola_megatron.checkpoint.folder import MANIFEST, _seal, file_digest, newest_usable, open_checkpoint
 from hola_megatron.config import load_recipe
 from hola_megatron.model.flops import executed_flops_per_token, flops_per_token
-from hola_megatron.trainer import train
+from hola_megatron.train.loop import train
 
 
 @pytest.fixture(scope="module")
@@ -29,8 +32,9 @@ def half(tmp_path_factory, text_data) -> Path:
 
 
 def recipe_in(folder: Path, data: Path, steps: int) -> Path:
-    return write_recipe(folder / "recipe.yaml", data / "train", run_dir=str(folder / "run"), train__steps=steps,
-                        train__schedule="constant", checkpoint={"every": 2, "keep": 9}, log__tensorboard=True)
+    return small_recipe(folder / "recipe.yaml", data / "train", run_dir=str(folder / "run"), train__steps=steps,
+                        train__schedule="constant", train__global_batch_size=2, checkpoint={"every": 2, "keep": 9},
+                        log__tensorboard=True)
 
 
 @pytest.fixture
@@ -54,6 +58,50 @@ def test_one_bit_flipped_in_a_checkpoint_is_named_and_the_one_before_is_used(kin
     assert done.code == 0
     assert f"passed over | {file}" in done.output and "resuming at step 2" in done.output
     assert [row["step"] for row in metric_rows(copy / "run")] == [1, 2, 3, 4, 5, 6]
+
+
+def test_a_checkpoint_that_cannot_be_read_stops_the_run_and_no_older_one_is_used(copy, capsys):
+    file = copy / "run/checkpoints/step_00000004/manifest.json"
+    content = file.read_bytes()
+    file.unlink()
+    file.symlink_to("/proc/self/mem")  # the kernel answers EIO for the first page of a process
+    done = run_main([str(copy / "recipe.yaml"), "--allow-change"], capsys)
+    errors = [line for line in done.output.splitlines() if "Error" in line or "Unreadable:" in line]
+    assert done.code == 2 and len(errors) == 1 and f"{file}: cannot be read (" in errors[0]
+    assert "Traceback" not in done.output and "passed over" not in done.output
+    file.unlink()
+    file.write_bytes(content)
+    done = run_main([str(copy / "recipe.yaml"), "--allow-change"], capsys)
+    assert done.code == 0 and "resuming at step 4" in done.output
+
+
+@pytest.mark.parametrize("tool", ["to-hf", "verify", "evaluate"])
+def test_tools_do_not_use_an_older_checkpoint_by_themselves(tool, copy, capsys):
+    """The newest is damaged: which one is meant then is the user's choice."""
+    (file,) = (copy / "run/checkpoints/step_00000004").glob("weights-*")
+    file.write_bytes(file.read_bytes()[:-1])
+    arguments = {"to-hf": ["to-hf", str(copy / "run"), str(copy / "out"), "--no-verify"],
+                 "verify": ["verify", str(copy / "run"), str(copy / "out")],
+                 "evaluate": [str(copy / "run"), "--bundled", "valid"]}[tool]
+    done = run_tool("evaluate" if tool == "evaluate" else "convert", arguments, capsys)
+    errors = [line for line in done.output.splitlines() if "Error" in line]
+    assert done.code == 2 and len(errors) == 1 and "done" not in done.output, done.output
+    assert f"{file}: damaged" in errors[0] and "step_00000002: give that folder" in errors[0]
+
+
+def test_weights_that_are_not_finite_are_not_exported(copy, capsys):
+    path = copy / "run/checkpoints/step_00000004"
+    (file,) = path.glob("weights-*")
+    tensors = load_file(file)
+    tensors["model.norm.weight"][3] = torch.nan
+    save_file(tensors, file)
+    manifest = json.loads((path / MANIFEST).read_text())
+    manifest["files"][file.name] = {"bytes": file.stat().st_size, "sha256": file_digest(file)}
+    manifest["sha256"] = _seal(manifest)
+    (path / MANIFEST).write_text(json.dumps(manifest))
+    done = run_tool("convert", ["to-hf", str(copy / "run"), str(copy / "out"), "--no-verify"], capsys)
+    assert done.code == 2 and f"{path}: model.norm.weight holds values that are not finite" in done.output
+    assert not (copy / "out").exists()
 
 
 @pytest.mark.parametrize("name", ["metrics.jsonl", "recipe.yaml", "loss.png", "rewind.json"])
@@ -123,12 +171,26 @@ def test_a_folder_made_read_only_is_named_and_nothing_is_lost(copy, capsys):
     assert newest_usable(copy / "run/checkpoints")[0].step == 4
 
 
+@pytest.mark.parametrize("kind", ["link", "file"])
+def test_checkpoints_that_cannot_be_made_are_found_at_the_start(kind, copy, capsys):
+    run = copy / "fresh"
+    run.mkdir()
+    if kind == "link":
+        (run / "checkpoints").symlink_to("nowhere")
+    else:
+        (run / "checkpoints").write_text("")
+    done = run_main([str(copy / "recipe.yaml"), f"run_dir={run}"], capsys)
+    assert done.code == 2 and "checkpoints: is no folder" in done.output and "step " not in done.output
+
+
 def test_nothing_is_unpickled_and_no_foreign_code_is_run():
     """In our own sources: no loader that can execute what it reads."""
-    forbidden = ("torch.load", "pickle", "yaml.load(", "yaml.unsafe_load", "trust_remote_code=True", "eval(", "exec(")
-    # the loader is a SafeLoader; the code is our own, exported a moment before
-    allowed = {("config.py", "yaml.load("), ("auto.py", "trust_remote_code=True"),
-               ("demo.py", "trust_remote_code=True")}
+    foreign = "trust_remote_code=True"
+    forbidden = ("torch.load", "pickle", "yaml.load(", "yaml.unsafe_load", foreign, "eval(", "exec(")
+    # the loader is a SafeLoader; load.py needs --trust-remote-code; demo.py loads our own code, exported a moment
+    # before; card.py and evaluate.py only show commands to the user
+    allowed = {("config.py", "yaml.load("), *((name, foreign) for name in (
+        "load.py", "demo.py", "card.py", "evaluate.py"))}
     found = []
     for folder in ("hola_megatron", "kernels/hola_kernels", "tools"):
         for path in (ROOT / folder).rglob("*.py"):
@@ -168,7 +230,7 @@ def test_what_a_resumed_run_knows_and_says_is_the_whole_one_s(copy, text_data, t
 
 
 def test_mfu_and_hfu_are_logged(text_data, tmp_path, capsys):
-    recipe = write_recipe(tmp_path / "recipe.yaml", text_data / "train", run_dir=str(tmp_path / "run"), train__steps=2,
+    recipe = small_recipe(tmp_path / "recipe.yaml", text_data / "train", run_dir=str(tmp_path / "run"), train__steps=2,
                           train__recompute="full", log__peak_tflops=0.5)
     assert run_main([str(recipe)], capsys).code == 0
     row, made = metric_rows(tmp_path / "run")[-1], load_recipe(recipe)

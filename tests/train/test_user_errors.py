@@ -11,21 +11,21 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import run_main, run_program, write_recipe
+from helpers import run_main, run_program, small_recipe
 from train.quick_launch import launch_quickly
 
 from hola_megatron.checkpoint.folder import Checkpoint, newest_usable
 from hola_megatron.config import MoeConfig, Recipe, load_recipe
 from hola_megatron.errors import RecipeError
-from hola_megatron.run_folder import _refuse_changes
-from hola_megatron.trainer import train
+from hola_megatron.train.loop import train
+from hola_megatron.train.recipe_changes import accept_changes, changes
 
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory, text_data) -> Path:
     """A folder with recipe.yaml and a run of two steps."""
     folder = tmp_path_factory.mktemp("finished")
-    recipe = write_recipe(folder / "recipe.yaml", text_data / "train", run_dir=str(folder / "run"), train__steps=2)
+    recipe = small_recipe(folder / "recipe.yaml", text_data / "train", run_dir=str(folder / "run"), train__steps=2)
     train(load_recipe(recipe))
     return folder
 
@@ -50,10 +50,11 @@ def copy(finished, tmp_path) -> Path:
 @pytest.mark.distributed
 def test_errors_of_the_real_program_are_said_once_by_all_ranks_together(copy):
     """Before the process group exists (recipe) and after (data)."""
-    for start, change, wanted, said in (
-            (run_program, "train.stps=3", 2, "train.stps: no such key (did you mean train.steps?)"),
-            (launch_quickly, f"data.train={copy / 'nothing'}", 3, f"{copy / 'nothing'}: no such data folder")):
-        done = start(["-m", "hola_megatron.train", str(copy / "recipe.yaml"), change], copy / "log.txt", ranks=2)
+    for change, wanted, said in (
+            ("train.stps=3", 2, "train.stps: no such key (did you mean train.steps?)"),
+            (f"data.train={copy / 'nothing'}", 3, f"{copy / 'nothing'}: no such data folder")):
+        words = ["-m", "hola_megatron.train", str(copy / "recipe.yaml"), change]
+        done = launch_quickly(words, copy / "log.txt", ranks=2)
         assert done.code == wanted and done.output.count(said) == 1 and "Traceback" not in done.output, done.output
 
 
@@ -112,17 +113,42 @@ def test_tokenizer_mismatch(copy, attempt, text_data):
     assert code == 3 and "tokenizer" in said
 
 
-def test_sequence_length_of_data_and_recipe_differ(copy, attempt):
-    code, said = attempt(copy, "train.sequence_length=128", f"run_dir={copy / 'other'}")
-    assert code == 3 and "prepare the text again with --sequence-length" in said
+def test_a_sequence_longer_than_the_data(copy, attempt):
+    code, said = attempt(copy, "train.sequence_length=10000000", f"run_dir={copy / 'other'}")
+    assert code == 3 and "less than one sample of train.sequence_length = 10000000; take more text" in said
+    assert len(said.strip().splitlines()) == 1
 
 
 def test_a_changed_recipe_does_not_silently_go_on(copy, attempt):
-    code, said = attempt(copy, "train.learning_rate=1e-4", "train.steps=4")
+    code, said = attempt(copy, "train.learning_rate=1e-4", "train.beta1=0.8", "train.steps=4")
     assert code == 2
-    assert "train.learning_rate: was 0.003" in said and "train.steps: was 2" in said and "--allow-change" in said
-    code, said = attempt(copy, "train.learning_rate=1e-4", "train.steps=4", "--allow-change")
+    assert "train.learning_rate: was 0.003" in said and "train.beta1: was 0.9" in said and "--allow-change" in said
+    assert "train.steps" not in said and "another name (name=micro-2)" in said
+    code, said = attempt(copy, "train.learning_rate=1e-4", "train.beta1=0.8", "train.steps=4", "log.every=2",
+                         "--allow-change")
     assert code == 0 and "resuming at step 2" in said
+    told = [line for line in said.splitlines() if line.startswith("changed | ") and "run_dir" not in line]
+    assert told == ["changed | log.every: 1 -> 2", "changed | train.beta1: 0.9 -> 0.8 (--allow-change)",
+                    "changed | train.learning_rate: 0.003 -> 0.0001 (--allow-change)", "changed | train.steps: 2 -> 4",
+                    "changed | learning rate of step 3: 0.003 -> 0.0001; schedule: up to 0.0001 over 2 steps, cosine "
+                    "to 0 at step 4"]
+
+
+def test_a_run_may_become_longer_and_its_data_may_move(copy, attempt, text_data):
+    """Neither needs a flag; becoming shorter, and other data at the old place, do."""
+    shutil.copytree(text_data / "train", copy / "moved")
+    moved = f"data.train=[{{path: {copy / 'moved'}, weight: 3.0}}]"
+    code, said = attempt(copy, "train.steps=3", moved)
+    assert code == 0 and "changed | train.steps: 2 -> 3" in said and "changed | data.train: " in said
+    assert attempt(copy, "train.steps=3", moved)[0] == 0
+    code, said = attempt(copy, "train.steps=2", moved)
+    assert code == 2 and "train.steps: was 3" in said and "data.train" not in said
+    code, said = attempt(copy, "train.steps=4", f"data.train={text_data / 'valid'}")
+    assert code == 2 and "data.train: was" in said and "data.train (fingerprint): was " in said
+    shutil.rmtree(copy / "moved")
+    shutil.copytree(text_data / "valid", copy / "moved")
+    code, said = attempt(copy, "train.steps=4", moved)
+    assert code == 2 and "data.train (fingerprint): was " in said and "data.train: was" not in said
 
 
 def test_checkpoints_that_are_all_damaged_stop_the_run(copy, attempt):
@@ -147,7 +173,7 @@ def test_a_finished_run_is_left_alone(copy, attempt):
 
 
 def test_diverging_stops_with_code_4_and_names_the_samples(copy, attempt):
-    code, said = attempt(copy, "train.learning_rate=1e30", "train.steps=20", "train.warmup_steps=0",
+    code, said = attempt(copy, "train.learning_rate=1e15", "train.steps=20", "train.warmup_steps=0",
                          "guard.max_skips=1", f"run_dir={copy / 'bad'}")
     assert code == 4
     assert "skipped | step" in said and "2 steps in a row had bad numbers" in said
@@ -163,23 +189,43 @@ def test_a_checkpoint_older_than_a_field_goes_on_unless_the_field_is_set(copy, a
     for section, key in ((None, "fp8"), ("model", "moe"), ("parallel", "expert"), ("train", "logits_budget_gb"),
                          ("train", "optimizer"), ("train", "muon_momentum"), ("train", "muon_steps")):
         del (old[section] if section else old)[key]
+    old["model"]["decay"] = {"gdn": True}[old["model"].pop("rule")]  # the name that the rule had
     fingerprint = checkpoint.manifest["data_fingerprint"]
-    _refuse_changes(recipe, checkpoint, fingerprint)
-    _refuse_changes(changed(recipe, "train", logits_budget_gb=None), checkpoint, fingerprint)
+    refuse_changes(recipe, checkpoint, fingerprint)
+    refuse_changes(changed(recipe, "train", logits_budget_gb=None), checkpoint, fingerprint)
     for section, key, value in (("fp8", "recipe", "current"), ("fp8", "amax_history", 8),
-                                ("train", "optimizer", "muon"), ("model", "norm_eps", 1e-5)):
+                                ("train", "optimizer", "muon"), ("model", "norm_eps", 1e-5),
+                                ("model", "rule", "delta")):
         with pytest.raises(RecipeError, match=f"{section}.{key}: was .* now {value!r}"):
-            _refuse_changes(changed(recipe, section, **{key: value}), checkpoint, fingerprint)
+            refuse_changes(changed(recipe, section, **{key: value}), checkpoint, fingerprint)
 
 
 def test_the_micro_batch_is_free_but_for_experts_that_a_loss_balances(copy):
-    recipe = load_recipe(copy / "recipe.yaml")
+    recipe, whole = load_recipe(copy / "recipe.yaml"), newest_usable(copy / "run/checkpoints")[0]
     balanced_by_bias = MoeConfig(experts=4, balancing="bias")
     for moe, free in ((MoeConfig(), True), (balanced_by_bias, True), (MoeConfig(experts=4), False)):
         made = changed(recipe, "model", moe=moe)
-        checkpoint = Checkpoint(copy, {"recipe": made.to_dict()})
-        with contextlib.nullcontext() if free else pytest.raises(RecipeError, match="train.micro_batch_size: was 2"):
-            _refuse_changes(changed(made, "train", micro_batch_size=4), checkpoint, "")
+        checkpoint = Checkpoint(copy, {**whole.manifest, "recipe": made.to_dict()})
+        with contextlib.nullcontext() if free else pytest.raises(RecipeError, match="train.micro_batch_size: was 4"):
+            refuse_changes(changed(made, "train", micro_batch_size=2), checkpoint, whole.manifest["data_fingerprint"])
+
+
+def test_another_tokenizer_or_validation_set_under_its_old_name_is_told(copy):
+    recipe, whole = load_recipe(copy / "recipe.yaml"), newest_usable(copy / "run/checkpoints")[0]
+    tokenizer, data = whole.manifest["tokenizer"], whole.manifest["data_fingerprint"]
+    found = changes(recipe, whole, data, tokenizer | {"sha256": "0" * 64, "eos_id": 0}, "f" * 64)
+    assert [(change.key, change.free) for change in found if "." in change.key and "(" in change.key] == [
+        ("data.tokenizer (eos_id)", False), ("data.tokenizer (sha256)", False)]
+    before = Checkpoint(copy, {**whole.manifest, "valid_fingerprint": "a" * 64})
+    told = [change for change in changes(recipe, before, data, tokenizer, "f" * 64) if "valid" in change.key]
+    assert [(str(change), change.free) for change in told] == [
+        (f"data.valid (fingerprint): {'a' * 12} -> {'f' * 12}", True)]
+
+
+def refuse_changes(recipe: Recipe, checkpoint: Checkpoint, fingerprint: str) -> None:
+    tokenizer = checkpoint.manifest.get("tokenizer", {})
+    accept_changes(changes(recipe, checkpoint, fingerprint, tokenizer), checkpoint, recipe,
+                   allow=False)
 
 
 def changed(recipe: Recipe, section: str, /, **values: object) -> Recipe:

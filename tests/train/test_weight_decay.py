@@ -11,8 +11,8 @@ from helpers import MICRO
 
 from hola_megatron.config import build_recipe
 from hola_megatron.data.stream import Batch
-from hola_megatron.engine.base import build_engine
-from hola_megatron.parallel.groups import start
+from hola_megatron.engine.build import build_engine
+from hola_megatron.startup.start import start
 
 RATE, DECAY = 0.5, 0.1
 
@@ -42,5 +42,5 @@ def test_decay_is_all_that_a_step_without_gradients_does(engine, changes, precis
 
 def weights(made) -> dict[str, torch.Tensor]:
     """The optimizer's, in float32."""
-    return {piece.name: piece.of(made.state.gather(piece.parameter, 0)["weight"]).clone()
-            for piece in made.parameter_pieces()}
+    return {shard.name: shard.of(made.state.gather(shard.parameter, 0)["weight"]).clone()
+            for shard in made.param_shards()}

@@ -1,15 +1,18 @@
-"""Launch configurations of the exact read: a small static table, every entry checked on the GPU.
+"""Launch configurations of cache attention: a small static table, every entry checked on the GPU.
 
 Nothing is tuned at run time. `verify_cases` runs every entry against float64.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
+from hola_kernels.shared_memory import has_small_blocks, shared_memory_refusal
+
+WINDOW_COLUMNS = 64  # of a window's blocks: no tile of keys reaches over the end of one
 WIDTHS = (16, 32, 64, 128, 256)
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -17,10 +20,10 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 def read_refusal(k: Tensor, v: Tensor) -> str | None:
     """Why these kernels do not take k and v, or None."""
     if k.shape[-1] not in WIDTHS or v.shape[-1] not in WIDTHS:
-        return f"exact read takes K and V of {', '.join(map(str, WIDTHS))}, not {k.shape[-1]} and {v.shape[-1]}"
+        return f"cache attention takes K and V of {', '.join(map(str, WIDTHS))}, not {k.shape[-1]} and {v.shape[-1]}"
     if v.dtype not in DTYPES or k.dtype not in DTYPES:
-        return f"exact read takes float32, float16 and bfloat16, not {v.dtype}"
-    return None
+        return f"cache attention takes float32, float16 and bfloat16, not {v.dtype}"
+    return shared_memory_refusal(k, v)
 
 
 @dataclass(frozen=True)
@@ -79,6 +82,10 @@ TABLE = {
     (False, 64): ReadConfig(Tile(64, 32, 8, 1), Tile(64, 32, 8, 1), Tile(64, 32, 8, 1), Tile(32, 32, 8, 1)),
 }
 
+# the same for GPUs whose blocks have 99 KB of shared memory, where it differs: compiled for compute capability 8.6 and
+# 12.0, not run there yet
+SMALL_TABLE = {(True, 256): replace(TABLE[True, 256], forward=Tile(64, 32, 4, 2, staged=True))}
+
 
 def read_config(key_dim: int, value_dim: int, dtype: torch.dtype) -> ReadConfig:
     """The checked configuration for these widths."""
@@ -86,4 +93,5 @@ def read_config(key_dim: int, value_dim: int, dtype: torch.dtype) -> ReadConfig:
 
     if interpreted():
         return INTERPRETER
-    return TABLE[dtype != torch.float32, max(64, key_dim, value_dim)]
+    key = dtype != torch.float32, max(64, key_dim, value_dim)
+    return SMALL_TABLE.get(key, TABLE[key]) if has_small_blocks() else TABLE[key]

@@ -12,7 +12,7 @@ from hola_kernels.memo import by_shape
 
 
 def best_rows(score_MH: Tensor, runs: tuple[tuple[int, int], ...], slots: int) -> Tensor:
-    """[N, H, w] int32: rows of the w best tokens of each run [from, to) of rows, in their order, -1 behind the last.
+    """[N, H, w] int32: rows of the w best tokens of each run [from, to) of rows, in their order, -1 after the last.
 
     score [M, H] float32. Ties go to the earlier token. The tables follow from the runs alone: nothing waits.
     """
@@ -25,7 +25,7 @@ def best_rows(score_MH: Tensor, runs: tuple[tuple[int, int], ...], slots: int) -
     rows = torch.empty(len(runs), heads, slots, dtype=torch.int32, device=device)
     lists = max(cdiv(end - start, CANDIDATES) for start, end in runs)
     launch_top_slots(jobs=joins, score_MH=score_MH, list_rows=span_rows, list_score=span_score, rows=rows,
-                     most=lists * slots)
+                     max_candidates=lists * slots)
     return rows
 
 

@@ -1,13 +1,13 @@
-"""Exact read, backward: dk and dv of every token, from every block that saw it.
+"""Cache attention, backward: dk and dv of every token, from every block that saw it.
 
     dv_j = s sum_i P_ij dy_i          dk_j = g_j - k_j (mean r_j^2 g_j . k_j),   g_j = K^-1/2 gamma sum_i D_ij q_i
-with P and D of `triton_pair_gradient`. A token is read by its own block and, while it is cached,
+with P and D of `triton_pair_gradient`. A token is read by its local block and, while it is cached,
 by a run of later blocks. No float atomics: three steps in a fixed order,
 
     slot sums    per block and slot, the sum over the block's queries     -> parts [U, H, w, D]
     run sums     the part where a token enters its first cache takes in the parts of the rest of its run: within
                  windows of blocks, then over windows, so that no chain of loads is as long as a sequence
-    own sums     the sum over the own block's queries + the run's part, keys then through their norm
+    local sums   the sum over the local block's queries + the run's part, keys then through their norm
 
 Work for (16, 2048, 4, 256, 64), K = V = 256, bf16: 30 GFLOP; HBM reads P, D (116 MB), dy, q, k (201
 MB), writes dk, dv (134 MB), parts 67 MB written and read: floor 0.13 ms. Programs of half the columns
@@ -21,11 +21,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from hola_kernels.block_table import BlockTable
 from hola_kernels.descriptors import tiles_of, token_tiles
 from hola_kernels.exact_cache.read_configs import Tile
 from hola_kernels.exact_cache.triton_pair_gradient import PairGradient
 from hola_kernels.integers import cdiv, next_power_of_2
-from hola_kernels.unit_table import UnitTable
+from hola_kernels.triton_block_table import COUNT, FOLLOWING, INDEX, START, block_entry
 
 RUN_WINDOW = 16  # blocks; of 512 in a sequence no sum has more than 15 + 32 terms one after the other
 
@@ -35,17 +36,40 @@ def _sum_over_queries(acc, scratch, x, scratch_row, column, start, count, first_
                       ROWS: tl.constexpr, PRECISION: tl.constexpr):
     """acc [COLUMNS, D] += sum over the block's queries from first_row on of scratch[query, column] * x[query].
 
-    Columns without a token hold anything: they reach their own row of acc only, which nobody stores. Queries behind
-    the block's end hold zeros, so what their rows of x hold has no effect.
+    Columns without a token hold anything: they reach their own row of acc only, which nobody stores. Queries after
+    the block's end hold zeros, and their rows of x, another document's and perhaps infinite, are made zeros.
     """
-    for row in tl.range(first_row, count, ROWS):
+    whole = first_row + tl.maximum(count - first_row, 0) // ROWS * ROWS
+    for row in tl.range(first_row, whole, ROWS):
         part = scratch.load([scratch_row + row, column])
         acc = tl.dot(tl.trans(part), x.load([start + row, x_column]), acc, input_precision=PRECISION)
+    if whole < count:
+        rows = x.load([start + whole, x_column])
+        rows = tl.where((whole + tl.arange(0, ROWS) < count)[:, None], rows, 0.0).to(rows.dtype)
+        part = scratch.load([scratch_row + whole, column])
+        acc = tl.dot(tl.trans(part), rows, acc, input_precision=PRECISION)
     return acc
 
 
 @triton.jit
-def _slot_sums_kernel(scratch, x, units_ptr, part_ptr, H, w, scratch_rows,
+def _sum_over_later_blocks(acc, scratch, x, entries_ptr, block, readers, h, H, scratch_rows, column, offset, start,
+                           x_column, ROWS: tl.constexpr, COLUMNS: tl.constexpr, WINDOW: tl.constexpr,
+                           BLOCK: tl.constexpr, BACK: tl.constexpr, PRECISION: tl.constexpr):
+    """acc [COLUMNS, D] += the same sum over queries of later blocks whose sliding window reaches back to these keys.
+
+    offset: of the first key in its block. readers: how many blocks of the document come after it.
+    """
+    for back in tl.range(BLOCK, BACK + BLOCK, BLOCK):
+        later = block + back // BLOCK
+        if back // BLOCK <= readers:
+            near = tl.minimum(block_entry(entries_ptr, later, COUNT), offset + COLUMNS - 1 + WINDOW - back)
+            acc = _sum_over_queries(acc, scratch, x, (later * H + h) * scratch_rows, column - back, start + back, near,
+                                    0, x_column, ROWS, PRECISION)
+    return acc
+
+
+@triton.jit
+def _slot_sums_kernel(scratch, x, entries_ptr, part_ptr, H, w, scratch_rows,
                       D: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, TILES: tl.constexpr,
                       INCOMING: tl.constexpr, PRECISION: tl.constexpr):
     """part [U, H, w, D] = sum_i scratch[i, slot] x_i; one program owns [COLUMNS] slots of a block and head.
@@ -54,21 +78,21 @@ def _slot_sums_kernel(scratch, x, units_ptr, part_ptr, H, w, scratch_rows,
     """
     tile = tl.program_id(0) % TILES
     h = (tl.program_id(0) // TILES) % H
-    unit = tl.program_id(0) // (TILES * H)
-    start = tl.load(units_ptr + unit * 5)
-    count = tl.load(units_ptr + unit * 5 + 1)
-    ordinal = tl.load(units_ptr + unit * 5 + 2)
-    if INCOMING or ordinal > 0:
+    block = tl.program_id(0) // (TILES * H)
+    start = block_entry(entries_ptr, block, START)
+    count = block_entry(entries_ptr, block, COUNT)
+    index = block_entry(entries_ptr, block, INDEX)
+    if INCOMING or index > 0:
         column = tile * COLUMNS + tl.arange(0, COLUMNS)
         acc = tl.zeros((COLUMNS, D), tl.float32)
-        acc = _sum_over_queries(acc, scratch, x, (unit * H + h) * scratch_rows, tile * COLUMNS, start, count, 0,
+        acc = _sum_over_queries(acc, scratch, x, (block * H + h) * scratch_rows, tile * COLUMNS, start, count, 0,
                                 h * D, ROWS, PRECISION)
-        out = part_ptr + ((unit.to(tl.int64) * H + h) * w + column)[:, None] * D + tl.arange(0, D)[None, :]
+        out = part_ptr + ((block.to(tl.int64) * H + h) * w + column)[:, None] * D + tl.arange(0, D)[None, :]
         tl.store(out, acc.to(part_ptr.dtype.element_ty), mask=(column < w)[:, None])
 
 
 @triton.jit
-def _run_sums_kernel(slots_ptr, units_ptr, k_part_ptr, v_part_ptr, H, w, block, tokens, K: tl.constexpr,
+def _run_sums_kernel(slots_ptr, entries_ptr, k_part_ptr, v_part_ptr, H, w, block_size, tokens, K: tl.constexpr,
                      V: tl.constexpr, GROUP: tl.constexpr, SLOTS: tl.constexpr, WINDOW: tl.constexpr,
                      ACROSS: tl.constexpr):
     """The parts of a token's run summed into the part of the block where it enters, in order of blocks.
@@ -82,29 +106,29 @@ def _run_sums_kernel(slots_ptr, units_ptr, k_part_ptr, v_part_ptr, H, w, block, 
     groups = tl.cdiv(w, GROUP)
     group = tl.program_id(0) % groups
     h = (tl.program_id(0) // groups) % H
-    unit = tl.program_id(0) // (groups * H)
-    start = tl.load(units_ptr + unit * 5)
-    ordinal = tl.load(units_ptr + unit * 5 + 2)
-    following = tl.load(units_ptr + unit * 5 + 3)
+    block = tl.program_id(0) // (groups * H)
+    start = block_entry(entries_ptr, block, START)
+    index = block_entry(entries_ptr, block, INDEX)
+    following = block_entry(entries_ptr, block, FOLLOWING)
     slot_G = group * GROUP + tl.arange(0, GROUP)
     slot_S = tl.arange(0, SLOTS)
     d_K, d_V = tl.arange(0, K), tl.arange(0, V)
-    base = unit.to(tl.int64) * H + h
+    base = block.to(tl.int64) * H + h
     row_G = tl.load(slots_ptr + base * w + slot_G, mask=slot_G < w, other=-1)
-    begins = ((row_G >= start - block) & (row_G < start)) | ((ordinal == 0) & (row_G >= tokens))
-    into = ordinal % WINDOW
+    begins = ((row_G >= start - block_size) & (row_G < start)) | ((index == 0) & (row_G >= tokens))
+    window_offset = index % WINDOW
     if not ACROSS:
-        begins = begins | (into == 0)
+        begins = begins | (window_offset == 0)
     begins = begins & (row_G >= 0)
-    step = WINDOW - into if ACROSS else 1
-    last = following if ACROSS else tl.minimum(following, WINDOW - 1 - into)
+    step = WINDOW - window_offset if ACROSS else 1
+    last = following if ACROSS else tl.minimum(following, WINDOW - 1 - window_offset)
     if (tl.max(begins.to(tl.int32)) > 0) & (step <= last):
         k_at = k_part_ptr + (base * w + slot_G)[:, None] * K + d_K[None, :]
         v_at = v_part_ptr + (base * w + slot_G)[:, None] * V + d_V[None, :]
         dk = tl.load(k_at, mask=begins[:, None], other=0.0).to(tl.float32)
         dv = tl.load(v_at, mask=begins[:, None], other=0.0).to(tl.float32)
         while step <= last:
-            later = (unit + step).to(tl.int64) * H + h
+            later = (block + step).to(tl.int64) * H + h
             row_S = tl.load(slots_ptr + later * w + slot_S, mask=slot_S < w, other=-1)
             same = begins[:, None] & (row_G[:, None] == row_S[None, :])
             slot = tl.max(tl.where(same, slot_S[None, :], -1), 1)
@@ -113,7 +137,7 @@ def _run_sums_kernel(slots_ptr, units_ptr, k_part_ptr, v_part_ptr, H, w, block, 
                           other=0.0).to(tl.float32)
             dv += tl.load(v_part_ptr + (later * w + slot)[:, None] * V + d_V[None, :], mask=held[:, None],
                           other=0.0).to(tl.float32)
-            # a run has no gaps: behind a block that holds none of them there is none
+            # a run has no gaps: after a block that holds none of them there is none
             step = tl.where(tl.max(held.to(tl.int32)) > 0, step + (WINDOW if ACROSS else 1), last + 1)
         tl.store(k_at, dk.to(k_part_ptr.dtype.element_ty), mask=begins[:, None])
         tl.store(v_at, dv.to(v_part_ptr.dtype.element_ty), mask=begins[:, None])
@@ -123,7 +147,7 @@ def _run_sums_kernel(slots_ptr, units_ptr, k_part_ptr, v_part_ptr, H, w, block, 
 def _through_norm(g, x_ptr, at, is_row, norm, mean):
     """g - x (mean norm^2 g . x): the gradient of x from the gradient g of gamma-scaled normalised rows, x from memory.
 
-    x is read twice rather than kept: beside g it would not fit the registers.
+    x is read twice rather than held: together with g it would not fit the registers.
     """
     x = tl.load(x_ptr + at, mask=is_row[:, None], other=0.0).to(tl.float32)
     along = tl.sum(g * x, 1) * norm * norm * mean
@@ -133,46 +157,58 @@ def _through_norm(g, x_ptr, at, is_row, norm, mean):
 
 
 @triton.jit
-def _own_sums_kernel(scratch, x, part_ptr, slots_ptr, units_ptr, first_unit_ptr, k_ptr, key_norm_ptr,
-                     gamma_q_ptr, gamma_k_ptr, gate_ptr, beta_ptr, out_ptr, k_stride, H, w, tokens, units, scratch_rows,
-                     own_column, mean, scale, D: tl.constexpr, ROWS: tl.constexpr,
-                     COLUMNS: tl.constexpr, TILES: tl.constexpr, SLOTS: tl.constexpr, KEYS: tl.constexpr,
-                     GATED: tl.constexpr, ADD: tl.constexpr, SCALED: tl.constexpr, PRECISION: tl.constexpr):
-    """dk (KEYS) or dv of [COLUMNS] tokens of a block and head; behind the blocks, of incoming cache rows.
+def _local_sums_kernel(scratch, x, part_ptr, slots_ptr, entries_ptr, first_block_ptr, k_ptr, key_norm_ptr,
+                       gamma_q_ptr, gamma_k_ptr, gate_ptr, beta_ptr, out_ptr, k_stride, H, w, tokens, blocks,
+                       scratch_rows, local_column, mean, scale, D: tl.constexpr, ROWS: tl.constexpr,
+                       COLUMNS: tl.constexpr, TILES: tl.constexpr, SLOTS: tl.constexpr, KEYS: tl.constexpr,
+                       GATED: tl.constexpr, ADD: tl.constexpr, SCALED: tl.constexpr, WINDOW: tl.constexpr,
+                       BLOCK: tl.constexpr, BACK: tl.constexpr, PRECISION: tl.constexpr):
+    """dk (KEYS) or dv of [COLUMNS] tokens of a block and head; after the blocks, of incoming cache rows.
 
     ADD: to what out holds, SCALED: to beta times what it holds.
 
     Registers: acc [COLUMNS, D] float32. Shared memory: scratch [ROWS, COLUMNS] and x [ROWS, D] per stage.
     """
-    tile = tl.program_id(0) % TILES  # the longest walks first: early tokens are seen by most queries
+    tile = tl.program_id(0) % TILES  # the longest loops first: early tokens are seen by most queries
     h = (tl.program_id(0) // TILES) % H
-    unit = tl.program_id(0) // (TILES * H)
-    place_C = tile * COLUMNS + tl.arange(0, COLUMNS)
+    block = tl.program_id(0) // (TILES * H)
+    offset_C = tile * COLUMNS + tl.arange(0, COLUMNS)
     d_D = tl.arange(0, D)
     acc = tl.zeros((COLUMNS, D), tl.float32)
-    if unit < units:
-        start = tl.load(units_ptr + unit * 5)
-        count = tl.load(units_ptr + unit * 5 + 1)
+    if block < blocks:
+        start = block_entry(entries_ptr, block, START)
+        count = block_entry(entries_ptr, block, COUNT)
         last = count
-        reader = unit + 1  # the first block that can hold these tokens in its cache
-        readers = tl.load(units_ptr + unit * 5 + 3)
+        reader = block + 1  # the first block that can hold these tokens in its cache
+        readers = block_entry(entries_ptr, block, FOLLOWING)
     else:
-        segment = unit - units
+        segment = block - blocks
         start = tokens + segment * w
         count = w
         last = 0
-        reader = tl.load(first_unit_ptr + segment).to(tl.int32)
-        readers = tl.load(first_unit_ptr + segment + 1).to(tl.int32) - reader
+        reader = tl.load(first_block_ptr + segment).to(tl.int32)
+        readers = tl.load(first_block_ptr + segment + 1).to(tl.int32) - reader
     if tile * COLUMNS < count:
-        is_column = place_C < count
-        row_C = (start + place_C).to(tl.int64)
-        acc = _sum_over_queries(acc, scratch, x, (unit * H + h) * scratch_rows, own_column + tile * COLUMNS, start,
-                                last, tile * COLUMNS, h * D, ROWS, PRECISION)
+        is_column = offset_C < count
+        row_C = (start + offset_C).to(tl.int64)
+        if WINDOW > 0:
+            # no later query has these keys in its window
+            near = tl.minimum(last, tile * COLUMNS + COLUMNS - 1 + WINDOW)
+            column = local_column + BACK + tile * COLUMNS
+            acc = _sum_over_queries(acc, scratch, x, (block * H + h) * scratch_rows, column, start, near,
+                                    tile * COLUMNS, h * D, ROWS, PRECISION)
+            if last > 0:
+                acc = _sum_over_later_blocks(acc, scratch, x, entries_ptr, block, readers, h, H, scratch_rows, column,
+                                             tile * COLUMNS, start, h * D, ROWS, COLUMNS, WINDOW, BLOCK, BACK,
+                                             PRECISION)
+        else:
+            acc = _sum_over_queries(acc, scratch, x, (block * H + h) * scratch_rows, local_column + tile * COLUMNS,
+                                    start, last, tile * COLUMNS, h * D, ROWS, PRECISION)
         if readers > 0:
             base = (reader.to(tl.int64) * H + h) * w
             slot_S = tl.arange(0, SLOTS)
             row_S = tl.load(slots_ptr + base + slot_S, mask=slot_S < w, other=-1)
-            same = (start + place_C)[:, None] == row_S[None, :]
+            same = (start + offset_C)[:, None] == row_S[None, :]
             slot = tl.max(tl.where(same, slot_S[None, :], -1), 1)
             held = is_column & (slot >= 0)
             acc += tl.load(part_ptr + (base + slot)[:, None] * D + d_D[None, :], mask=held[:, None],
@@ -194,35 +230,37 @@ def _own_sums_kernel(scratch, x, part_ptr, slots_ptr, units_ptr, first_unit_ptr,
 
 
 def launch_key_gradient(*, pairs: PairGradient, q_MHK: Tensor, k_RHK: Tensor, key_norm_RH: Tensor, dy_MHV: Tensor,
-                        gamma_q: Tensor, gamma_k: Tensor, gate_H: Tensor | None, slots_UHw: Tensor, units: UnitTable,
+                        gamma_q: Tensor, gamma_k: Tensor, gate_H: Tensor | None, slots_UHw: Tensor, table: BlockTable,
                         mean: float, incoming: bool, dk_RHK: Tensor, dv_RHV: Tensor, add: bool, beta_MH: Tensor | None,
                         tile: Tile) -> None:
     """Fills (or adds to) dk [R, H, K] and dv [R, H, V]; with beta to beta dv instead of dv."""
     tokens, heads, key_dim = q_MHK.shape
     slots = slots_UHw.shape[2]
     launch = {"ROWS": tile.rows, "COLUMNS": tile.columns, "PRECISION": "tf32x3", **tile.launch}
-    rows, places = pairs.scratch
-    sides = [(tiles_of(scratch, places, tile.rows, tile.columns), token_tiles(x, tile.rows, x.shape[2]), out, keys)
+    rows, columns = pairs.scratch_shape
+    sides = [(tiles_of(scratch, columns, tile.rows, tile.columns), token_tiles(x, tile.rows, x.shape[2]), out, keys)
              for scratch, x, out, keys in ((pairs.dlogit, q_MHK, dk_RHK, True), (pairs.weight, dy_MHV, dv_RHV, False))]
     parts = []
     slot_tiles = cdiv(slots, tile.columns)
     for scratch, x, out, _ in sides:
-        part = torch.empty(units.units, heads, slots, out.shape[2], dtype=k_RHK.dtype, device=k_RHK.device)
-        _slot_sums_kernel[(units.units * heads * slot_tiles,)](
-            scratch, x, units.table, part, heads, slots, rows, D=out.shape[2], TILES=slot_tiles, INCOMING=incoming,
-            **launch)
+        part = torch.empty(table.count, heads, slots, out.shape[2], dtype=k_RHK.dtype, device=k_RHK.device)
+        if slots:
+            _slot_sums_kernel[(table.count * heads * slot_tiles,)](
+                scratch, x, table.entries, part, heads, slots, rows, D=out.shape[2], TILES=slot_tiles,
+                INCOMING=incoming, **launch)
         parts.append(part)
     group, padded = min(8, next_power_of_2(slots)), next_power_of_2(slots)
-    for across in (False, True) if units.most > RUN_WINDOW else (False,):
-        _run_sums_kernel[(units.units * heads * cdiv(slots, group),)](
-            slots_UHw, units.table, *parts, heads, slots, units.size, tokens, K=key_dim, V=dv_RHV.shape[2], GROUP=group,
-            SLOTS=padded, WINDOW=RUN_WINDOW, ACROSS=across, num_warps=4)
-    own_tiles = cdiv(max(units.size, slots if incoming else 0), tile.columns)
-    owners = units.units + (units.first.numel() - 1 if incoming else 0)
+    for across in () if not slots else (False, True) if table.max_blocks > RUN_WINDOW else (False,):
+        _run_sums_kernel[(table.count * heads * cdiv(slots, group),)](
+            slots_UHw, table.entries, *parts, heads, slots, table.size, tokens, K=key_dim, V=dv_RHV.shape[2],
+            GROUP=group, SLOTS=padded, WINDOW=RUN_WINDOW, ACROSS=across, num_warps=4)
+    local_tiles = cdiv(max(table.size, slots if incoming else 0), tile.columns)
+    owners = table.count + (table.first_block.numel() - 1 if incoming else 0)
     for (scratch, x, out, keys), part in zip(sides, parts, strict=True):
-        _own_sums_kernel[(owners * heads * own_tiles,)](
-            scratch, x, part, slots_UHw, units.table, units.first, k_RHK, key_norm_RH, gamma_q, gamma_k,
+        _local_sums_kernel[(owners * heads * local_tiles,)](
+            scratch, x, part, slots_UHw, table.entries, table.first_block, k_RHK, key_norm_RH, gamma_q, gamma_k,
             gamma_q if gate_H is None else gate_H,
-            gamma_q if beta_MH is None else beta_MH, out, k_RHK.stride(0), heads, slots, tokens, units.units, rows,
-            pairs.slot_tiles * pairs.columns, mean, key_dim**-0.5, D=out.shape[2], TILES=own_tiles, SLOTS=padded,
-            KEYS=keys, GATED=gate_H is not None, ADD=add, SCALED=beta_MH is not None and not keys, **launch)
+            gamma_q if beta_MH is None else beta_MH, out, k_RHK.stride(0), heads, slots, tokens, table.count, rows,
+            pairs.slot_tiles * pairs.tile_columns, mean, key_dim**-0.5, D=out.shape[2], TILES=local_tiles, SLOTS=padded,
+            KEYS=keys, GATED=gate_H is not None, ADD=add, SCALED=beta_MH is not None and not keys,
+            **pairs.window.constants, **launch)

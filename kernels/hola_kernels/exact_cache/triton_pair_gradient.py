@@ -1,13 +1,13 @@
-"""Exact read, backward, first step: the weights P and the logit gradients of every visible pair.
+"""Cache attention, backward, first step: the weights P and the logit gradients of every visible pair.
 
 With s = sigmoid(gate) (1 when not combined), r the inverse norms of queries and keys, and dy the
 incoming gradient,
     delta_i = s dy_i . o_i        dS_ij = P_ij (s dy_i . v_j - delta_i)        D_ij = dS_ij r_i r_j
-Everything the rest needs is a plain matrix product of P or D with rows as they lie in memory:
+Everything the rest needs is a plain matrix product of P or D with rows as they are in memory:
     dv_j = s sum_i P_ij dy_i      g_i = K^-1/2 gamma sum_j D_ij k_j            (gamma = gamma_q gamma_k)
     dq_i = g_i - q_i (mean r_i^2 a_i),  a_i = g_i . q_i = sum_j dS_ij logit_ij,
 and dk likewise from sum_i D_ij q_i. With a_i summed here, the product for dq needs no pass over
-whole rows at its end, so it can be cut along K. P and D are written once in the inputs' type
+whole rows at its end, so it can be split along K. P and D are written once in the inputs' type
 (58 MB each at the shape below) instead of being computed for each side: 5 matrix products in
 all, not 7, and no product is transposed in registers.
 Keeping dq in the same program was tried: its accumulator left one program a multiprocessor.
@@ -25,11 +25,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from hola_kernels.block_table import BlockTable
 from hola_kernels.descriptors import token_tiles
 from hola_kernels.exact_cache.read_configs import Tile
-from hola_kernels.exact_cache.triton_forward import LOG2E
+from hola_kernels.exact_cache.triton_forward import LOG2E, NO_WINDOW, sink_logit
+from hola_kernels.exact_cache.triton_window import Window, first_window_tile, in_reach
 from hola_kernels.integers import cdiv
-from hola_kernels.unit_table import UnitTable
+from hola_kernels.triton_block_table import COUNT, INDEX, START, block_entry
 
 DELTA_ROWS = 32
 
@@ -38,20 +40,21 @@ DELTA_ROWS = 32
 class PairGradient:
     """What the products for q, k and v are taken of. Tiles that no query sees are not written.
 
-    weight, dlogit   P and D, [U, H, rows, places]: slot_tiles tiles of slots, then the block's tokens
-    along            [U, H, tiles of places, rows] float32: sums of dS * logit, by query
-    columns          of a tile
+    weight, dlogit   P and D, [U, H, rows, columns]: slot_tiles tiles of slots, then the block's tokens
+    along            [U, H, tiles of columns, rows] float32: sums of dS * logit, by query
+    tile_columns     columns of a tile
     """
 
     weight: Tensor
     dlogit: Tensor
     along: Tensor
-    columns: int
+    tile_columns: int
     slot_tiles: int
+    window: Window
 
     @property
-    def scratch(self) -> tuple[int, int]:
-        """Rows and places of a block."""
+    def scratch_shape(self) -> tuple[int, int]:
+        """Rows and columns of a block."""
         return self.weight.shape[2], self.weight.shape[3]
 
 
@@ -73,7 +76,7 @@ def _delta_kernel(dy_ptr, o_ptr, lse_ptr, sink_ptr, gate_ptr, delta_ptr, part_pt
     part = part_ptr + (tl.program_id(0) * H + h) * 2
     if SINK:
         lse = tl.load(lse_ptr + at_H, mask=is_row, other=float("inf"))
-        tl.store(part, -tl.sum(tl.exp2(tl.load(sink_ptr + h).to(tl.float32) * LOG2E - lse) * delta))
+        tl.store(part, -tl.sum(tl.exp2(sink_logit(sink_ptr, h) - lse) * delta))
     else:
         tl.store(part, 0.0)
     tl.store(part + 1, tl.sum(delta))
@@ -81,16 +84,17 @@ def _delta_kernel(dy_ptr, o_ptr, lse_ptr, sink_ptr, gate_ptr, delta_ptr, part_pt
 
 @triton.jit
 def _pair_gradient_kernel(q, k, v, dy, k_ptr, v_ptr, query_norm_ptr, key_norm_ptr, gamma_q_ptr, gamma_k_ptr,
-                          gate_ptr, lse_ptr, delta_ptr, slots_ptr, units_ptr, weight_ptr, dlogit_ptr,
+                          gate_ptr, lse_ptr, delta_ptr, slots_ptr, entries_ptr, weight_ptr, dlogit_ptr,
                           along_ptr, k_stride, v_stride, H, w, scratch_rows, scratch_columns, scale, one,
                           K: tl.constexpr, V: tl.constexpr, CHUNK: tl.constexpr, ROWS: tl.constexpr,
                           COLUMNS: tl.constexpr, SLOT_TILES: tl.constexpr, ROW_TILES: tl.constexpr,
                           COLUMN_TILES: tl.constexpr, CACHED: tl.constexpr, COMBINE: tl.constexpr,
-                          INCOMING: tl.constexpr, PRECISION: tl.constexpr):
-    """P and D [U, H, rows, columns] of one tile [ROWS queries, COLUMNS places] of a block and head, and the
+                          INCOMING: tl.constexpr, WINDOW: tl.constexpr, BLOCK: tl.constexpr, BACK: tl.constexpr,
+                          PRECISION: tl.constexpr):
+    """P and D [U, H, rows, columns] of one tile [ROWS queries, COLUMNS keys] of a block and head, and the
     tile's sums of dS * logit by query [U, H, COLUMN_TILES, rows].
 
-    CACHED: the tiles of slots, whose rows lie anywhere (k_ptr, v_ptr); otherwise those of the block's own tokens.
+    CACHED: the tiles of slots, whose rows are anywhere (k_ptr, v_ptr); otherwise those of the block's own tokens.
     Two products over K and V in steps of CHUNK. Shared memory: [ROWS, CHUNK] and [COLUMNS, CHUNK] per stage.
     Registers: two [ROWS, COLUMNS] float32, and scaled queries [ROWS, CHUNK].
     """
@@ -99,28 +103,32 @@ def _pair_gradient_kernel(q, k, v, dy, k_ptr, v_ptr, query_norm_ptr, key_norm_pt
     t = tl.program_id(0) % TILES + FIRST
     tile = (tl.program_id(0) // TILES) % ROW_TILES
     h = (tl.program_id(0) // (TILES * ROW_TILES)) % H
-    unit = tl.program_id(0) // (TILES * ROW_TILES * H)
-    start = tl.load(units_ptr + unit * 5)
-    count = tl.load(units_ptr + unit * 5 + 1)
-    ordinal = tl.load(units_ptr + unit * 5 + 2)
-    first_place = (t - SLOT_TILES) * COLUMNS
+    block = tl.program_id(0) // (TILES * ROW_TILES * H)
+    start = block_entry(entries_ptr, block, START)
+    count = block_entry(entries_ptr, block, COUNT)
+    index = block_entry(entries_ptr, block, INDEX)
+    first_offset = (t - SLOT_TILES) * COLUMNS
     if CACHED:
-        wanted = INCOMING or ordinal > 0
+        wanted = INCOMING or index > 0
     else:
-        wanted = first_place < tl.minimum(count, (tile + 1) * ROWS)
+        wanted = first_offset < tl.minimum(count, (tile + 1) * ROWS)
+        if WINDOW > 0:
+            first_offset -= BACK
+            wanted = (first_offset < tl.minimum(count, (tile + 1) * ROWS)) & (
+                first_offset >= first_window_tile(tile, index, ROWS, COLUMNS, WINDOW, BLOCK, BACK) * COLUMNS)
     if wanted & (tile * ROWS < count):
         c_C, d_D = tl.arange(0, COLUMNS), tl.arange(0, CHUNK)
-        place_R = tile * ROWS + tl.arange(0, ROWS)
-        is_row = place_R < count
+        offset_R = tile * ROWS + tl.arange(0, ROWS)
+        is_row = offset_R < count
         first_row = start + tile * ROWS
-        row_R = (start + place_R).to(tl.int64)
-        place_C = first_place + c_C
+        row_R = (start + offset_R).to(tl.int64)
+        offset_C = first_offset + c_C
         if CACHED:
-            slot = (unit.to(tl.int64) * H + h) * w + t * COLUMNS + c_C
+            slot = (block.to(tl.int64) * H + h) * w + t * COLUMNS + c_C
             slot_row = tl.load(slots_ptr + slot, mask=t * COLUMNS + c_C < w, other=-1)
             seen, row_C = slot_row >= 0, slot_row.to(tl.int64)
         else:
-            seen, row_C = place_C < count, (start + place_C).to(tl.int64)
+            seen, row_C = offset_C < count, (start + offset_C).to(tl.int64)
         dtype = weight_ptr.dtype.element_ty
 
         k_at = k_ptr + (row_C * k_stride + h * K)[:, None] + d_D[None, :]
@@ -131,7 +139,7 @@ def _pair_gradient_kernel(q, k, v, dy, k_ptr, v_ptr, query_norm_ptr, key_norm_pt
             if CACHED:
                 key = tl.load(k_at + d, mask=seen[:, None], other=0.0)
             else:
-                key = k.load([start + first_place, h * K + d])
+                key = k.load([start + first_offset, h * K + d])
             # times one (a number the compiler does not know): no product is left running into the next step, where the
             # registers of its scaled queries would be written before anything waits for it (triton issue 9433)
             logit = tl.dot(scaled, tl.trans(key), logit, input_precision=PRECISION) * one
@@ -142,7 +150,7 @@ def _pair_gradient_kernel(q, k, v, dy, k_ptr, v_ptr, query_norm_ptr, key_norm_pt
             if CACHED:
                 value = tl.load(v_at + d, mask=seen[:, None], other=0.0)
             else:
-                value = v.load([start + first_place, h * V + d])
+                value = v.load([start + first_offset, h * V + d])
             dweight = tl.dot(dy.load([first_row, h * V + d]), tl.trans(value), dweight, input_precision=PRECISION)
 
         query_norm = tl.load(query_norm_ptr + row_R * H + h, mask=is_row, other=0.0)
@@ -153,17 +161,21 @@ def _pair_gradient_kernel(q, k, v, dy, k_ptr, v_ptr, query_norm_ptr, key_norm_pt
         logit = logit * (norms * scale)
         visible = seen[None, :] & is_row[:, None]
         if not CACHED:
-            visible = visible & (place_C[None, :] <= place_R[:, None])
+            visible = visible & (offset_C[None, :] <= offset_R[:, None])
+        if WINDOW > 0:
+            visible = visible & in_reach(CACHED, row_C[None, :], row_R[:, None], WINDOW)
         weight = tl.where(visible, tl.exp2(logit * LOG2E - lse[:, None]), 0.0)
         if COMBINE:
             dweight *= tl.sigmoid(tl.load(gate_ptr + h).to(tl.float32))
-        dlogit = weight * (dweight - delta[:, None])
-        base = unit.to(tl.int64) * H + h
+        # chosen, not multiplied by zero: rows of the tiles may be another document's, and infinite
+        dlogit = tl.where(visible, weight * (dweight - delta[:, None]), 0.0)
+        base = block.to(tl.int64) * H + h
         out = base * scratch_rows * scratch_columns + t * COLUMNS
-        at = place_R[:, None] * scratch_columns + c_C[None, :]
+        at = offset_R[:, None] * scratch_columns + c_C[None, :]
         tl.store(weight_ptr + out + at, weight.to(dtype))
         tl.store(dlogit_ptr + out + at, (dlogit * norms).to(dtype))
-        tl.store(along_ptr + (base * COLUMN_TILES + t) * scratch_rows + place_R, tl.sum(dlogit * logit, 1))
+        along = along_ptr + (base * COLUMN_TILES + t) * scratch_rows + offset_R
+        tl.store(along, tl.sum(tl.where(visible, dlogit * logit, 0.0), 1))
 
 
 def launch_delta(*, dy_MHV: Tensor, o_cache_MHV: Tensor, lse_MH: Tensor, sink_H: Tensor | None,
@@ -182,24 +194,26 @@ def launch_delta(*, dy_MHV: Tensor, o_cache_MHV: Tensor, lse_MH: Tensor, sink_H:
 
 def launch_pair_gradient(*, q_MHK: Tensor, k_RHK: Tensor, v_RHV: Tensor, dy_MHV: Tensor, query_norm_MH: Tensor,
                          key_norm_RH: Tensor, gamma_q: Tensor, gamma_k: Tensor, gate_H: Tensor | None, lse_MH: Tensor,
-                         delta_MH: Tensor, slots_UHw: Tensor, units: UnitTable, incoming: bool,
-                         tile: Tile) -> PairGradient:
+                         delta_MH: Tensor, slots_UHw: Tensor, table: BlockTable, incoming: bool,
+                         tile: Tile, window: Window = NO_WINDOW) -> PairGradient:
     """A launch over all tiles of queries and slots of all blocks, and one over all tiles of queries and own tokens."""
     heads, key_dim = q_MHK.shape[1:]
     value_dim, slots = v_RHV.shape[2], slots_UHw.shape[2]
-    row_tiles, slot_tiles = cdiv(units.size, tile.rows), cdiv(slots, tile.columns)
-    column_tiles = slot_tiles + cdiv(units.size, tile.columns)
-    shape = (units.units, heads, row_tiles * tile.rows, column_tiles * tile.columns)
+    row_tiles, slot_tiles = cdiv(table.size, tile.rows), cdiv(slots, tile.columns)
+    column_tiles = slot_tiles + cdiv(window.back + table.size, tile.columns)
+    shape = (table.count, heads, row_tiles * tile.rows, column_tiles * tile.columns)
     weight, dlogit = (torch.empty(shape, dtype=k_RHK.dtype, device=q_MHK.device) for _ in range(2))
     along = torch.empty(*shape[:2], column_tiles, shape[2], dtype=torch.float32, device=q_MHK.device)
     chunk = min(64, key_dim, value_dim)
-    for cached, tiles in ((True, slot_tiles), (False, column_tiles - slot_tiles)):
-        _pair_gradient_kernel[(units.units * heads * row_tiles * tiles,)](
+    sides = [(True, slot_tiles)] if slots else []
+    for cached, tiles in (*sides, (False, column_tiles - slot_tiles)):
+        _pair_gradient_kernel[(table.count * heads * row_tiles * tiles,)](
             token_tiles(q_MHK, tile.rows, chunk), token_tiles(k_RHK, tile.columns, chunk),
             token_tiles(v_RHV, tile.columns, chunk), token_tiles(dy_MHV, tile.rows, chunk), k_RHK, v_RHV,
             query_norm_MH, key_norm_RH, gamma_q, gamma_k, lse_MH if gate_H is None else gate_H, lse_MH, delta_MH,
-            slots_UHw, units.table, weight, dlogit, along, k_RHK.stride(0), v_RHV.stride(0), heads, slots, *shape[2:],
+            slots_UHw, table.entries, weight, dlogit, along, k_RHK.stride(0), v_RHV.stride(0), heads, slots, *shape[2:],
             key_dim**-0.5, 1.0, K=key_dim, V=value_dim, CHUNK=chunk, ROWS=tile.rows, COLUMNS=tile.columns,
             SLOT_TILES=slot_tiles, ROW_TILES=row_tiles, COLUMN_TILES=column_tiles, CACHED=cached,
-            COMBINE=gate_H is not None, INCOMING=incoming, PRECISION="tf32x3", **tile.launch)
-    return PairGradient(weight, dlogit, along, tile.columns, slot_tiles)
+            COMBINE=gate_H is not None, INCOMING=incoming, PRECISION="tf32x3", **window.constants,
+            **tile.launch)
+    return PairGradient(weight, dlogit, along, tile.columns, slot_tiles, window)

@@ -1,4 +1,4 @@
-"""Correctness cases of the exact read on the current GPU, against the torch backend in float64.
+"""Correctness cases of cache attention on the current GPU, against the torch backend in float64.
 
 Both sides choose from the same float32 scores, so they read the same tokens. Errors are the
 RMS of the difference over the RMS of what is expected. Outputs are filled with NaN before
@@ -14,12 +14,17 @@ import torch
 from torch import Tensor
 
 from hola_kernels.exact_cache import exact_read, select_cache
+from hola_kernels.options import CacheOptions
 from hola_kernels.verify import poisoned, relative_error
 
 NAMES = ("q", "k", "v", "gamma_q", "gamma_k", "sink", "gate", "o_state")
 LIMITS = {"float32": {"o": 1e-5, "gradient": 1e-4}, "bfloat16": {"o": 5e-3, "gradient": 8e-3},
           "float16": {"o": 1e-3, "gradient": 2e-3}}
 PACKED = (0, 0, 1, 64, 65, 700, 700, 1723)
+LOCAL_PARTS = {"window of a block": {"local": "window", "window": 256}, "window": {"local": "window", "window": 321},
+               "short window, small blocks": {"local": "window", "window": 193, "block": 64, "slots": 20},
+               "window without slots": {"local": "window", "window": 320, "slots": 0}, "without slots": {"slots": 0},
+               "itself": {"local": "none"}, "without a norm": {"read_norm": "none"}}
 WIDTHS = ((256, 256), (128, 128), (64, 64), (128, 256), (256, 64), (32, 32), (16, 64))
 
 
@@ -29,21 +34,27 @@ def cases() -> list[tuple[str, Callable[[], dict[str, float]]]]:
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
         word = str(dtype).removeprefix("torch.")
         for key, value in WIDTHS:
-            made.append((f"{word} exact read K={key} V={value} T=600",
+            made.append((f"{word} cache attention K={key} V={value} T=600",
                          lambda d=dtype, k=key, v=value: measure_read(dtype=d, key=k, value=v, lengths=[600, 600])))
-            made.append((f"{word} exact read K={key} V={value} packed",
-                         lambda d=dtype, k=key, v=value: measure_read(dtype=d, key=k, value=v, cuts=PACKED)))
-            made += [(f"{word} exact read in two passes K={key} V={value} {late} late, {'a' if sink else 'no'} sink",
+            made.append((f"{word} cache attention K={key} V={value} packed",
+                         lambda d=dtype, k=key, v=value: measure_read(dtype=d, key=k, value=v, cu_seqlens=PACKED)))
+            two = f"{word} cache attention in two passes K={key} V={value}"
+            made += [(f"{two} {late} late, {'a' if sink else 'no'} sink",
                       lambda d=dtype, k=key, v=value, n=late, s=sink: measure_split(
-                          dtype=d, key=k, value=v, cuts=(0, 300, 301, 301, 365, 1723), late=n, sink=s))
+                          dtype=d, key=k, value=v, cu_seqlens=(0, 300, 301, 301, 365, 1723), late=n, sink=s))
                      for late, sink in ((0, True), (100, True), (255, False))]
-        made += [(f"{word} exact read K={width} V={width} long", lambda d=dtype, n=width: measure_read(
-            dtype=d, key=n, value=n, cuts=(0, 900, 7000))) for width in (64, 256)]  # over windows of blocks
-        made.append((f"{word} exact read with an incoming memory", lambda d=dtype: measure_pieces(dtype=d)))
-        made.append((f"{word} exact read with an incoming memory, long", lambda d=dtype: measure_pieces(
+        made += [(f"{word} cache attention K={n} V={n} {part}", lambda d=dtype, n=n, o=options: measure_read(
+            dtype=d, key=n, value=n, cu_seqlens=PACKED, **o)) for n in (64, 128, 256)
+            for part, options in LOCAL_PARTS.items()]
+        made += [(f"{word} cache attention K={width} V={width} long", lambda d=dtype, n=width: measure_read(
+            dtype=d, key=n, value=n, cu_seqlens=(0, 900, 7000))) for width in (64, 256)]  # over windows of blocks
+        made.append((f"{word} cache attention of a huge sink", lambda d=dtype: measure_read(
+            dtype=d, key=128, value=128, cu_seqlens=PACKED, sink=3e38)))
+        made.append((f"{word} cache attention with an incoming memory", lambda d=dtype: measure_pieces(dtype=d)))
+        made.append((f"{word} cache attention with an incoming memory, long", lambda d=dtype: measure_pieces(
             dtype=d, bounds=(0, 300, 310, 6000))))
     for length in (1, 63, 64, 65, 255, 256, 257, 500, 1000, 6000):
-        made.append((f"bfloat16 exact read K=128 V=128 T={length}",
+        made.append((f"bfloat16 cache attention K=128 V=128 T={length}",
                      lambda n=length: measure_read(dtype=torch.bfloat16, key=128, value=128, lengths=[n])))
     made.append(("float32 selection", measure_selection))
     return made
@@ -57,40 +68,44 @@ def limit(name: str, output: str) -> float:
 
 
 def measure_read(*, dtype: torch.dtype, key: int, value: int, lengths: list[int] | None = None,
-                 cuts: tuple[int, ...] | None = None, heads: int = 2, block: int = 256, slots: int = 64,
-                 read_norm: str = "rms", config: object = None, seed: int = 0,
-                 device: str = "cuda") -> dict[str, float]:
-    """Errors of the combined read and all its gradients: rows of equal `lengths`, or documents cut at `cuts`."""
+                 cu_seqlens: tuple[int, ...] | None = None, heads: int = 2, block: int = 256, slots: int = 64,
+                 read_norm: str = "rms", local: str = "block", window: int | None = None, config: object = None,
+                 seed: int = 0, sink: float | None = None, device: str = "cuda") -> dict[str, float]:
+    """Errors of the combined read and all its gradients: rows of equal `lengths`, or documents cut at `cu_seqlens`."""
     from hola_kernels.exact_cache import read_configs, triton_read
 
-    batch, length = (1, cuts[-1]) if cuts else (len(lengths), lengths[0])
+    batch, length = (1, cu_seqlens[-1]) if cu_seqlens else (len(lengths), lengths[0])
     inputs = make_inputs(batch * length, heads, key, value, dtype, seed, device)
     score = inputs.pop("score")
-    bounds = torch.tensor(cuts or range(0, batch * length + 1, length), device=device)
-    blocks = triton_read.Blocks.cut(bounds, batch * length, block=block, slots=slots, dense=cuts is None)
-    wide = {n: x.double().requires_grad_() for n, x in inputs.items()}
-    own = {n: wide[n].view(batch, length, *wide[n].shape[1:]) for n in ("q", "k", "v")}
-    o_cache, _ = exact_read(**own, **{n: wide[n] for n in ("gamma_q", "gamma_k", "sink")}, block=block, slots=slots,
+    if sink is not None:
+        inputs["sink"].fill_(sink)
+    bounds = torch.tensor(cu_seqlens or range(0, batch * length + 1, length), device=device)
+    options = CacheOptions(block, slots, read_norm=read_norm, local=local, window=window)
+    blocks = triton_read.CacheBlocks.cut(bounds, batch * length, options, equal_length=cu_seqlens is None)
+    exact = {n: x.double().requires_grad_() for n, x in inputs.items()}
+    own = {n: exact[n].view(batch, length, *exact[n].shape[1:]) for n in ("q", "k", "v")}
+    o_cache, _ = exact_read(**own, **{n: exact[n] for n in ("gamma_q", "gamma_k", "sink")}, **options.of_the_read,
                             score=score.double().view(batch, length, heads), backend="torch",
-                            read_norm=read_norm, cu_seqlens=bounds if cuts else None)
-    expected_y = wide["o_state"] + wide["gate"].sigmoid()[:, None] * o_cache.flatten(0, 1)
+                            cu_seqlens=bounds if cu_seqlens else None)
+    expected_y = exact["o_state"] + exact["gate"].sigmoid()[:, None] * o_cache.flatten(0, 1)
     dy = _incoming_gradient(expected_y)
-    expected = _gradients(expected_y, wide, dy)
-    narrow = {n: x.clone().requires_grad_() for n, x in inputs.items()}
+    expected = _gradients(expected_y, exact, dy)
+    leaves = {n: x.clone().requires_grad_() for n, x in inputs.items()}
     chosen = dict(read_configs.TABLE)
     if config is not None:
         read_configs.TABLE.update(dict.fromkeys(chosen, config))
     try:
         with poisoned():
-            y = triton_read.exact_read_combine(**narrow, score=score, blocks=blocks, read_norm=read_norm)
-            found = _gradients(y, narrow, dy)
+            y = triton_read.cache_attention_combine(**leaves, score=score, blocks=blocks)
+            found = _gradients(y, leaves, dy)
     finally:
         read_configs.TABLE.update(chosen)
     return {"o": relative_error(y, expected_y)} | {n: relative_error(found[n], expected[n]) for n in NAMES}
 
 
-def measure_split(*, dtype: torch.dtype, key: int, value: int, cuts: tuple[int, ...], late: int = 0, sink: bool = True,
-                  heads: int = 2, block: int = 256, slots: int = 64, device: str = "cuda") -> dict[str, float]:
+def measure_split(*, dtype: torch.dtype, key: int, value: int, cu_seqlens: tuple[int, ...], late: int = 0,
+                  sink: bool = True, heads: int = 2, block: int = 256, slots: int = 64,
+                  device: str = "cuda") -> dict[str, float]:
     """Errors of the read in two passes: y ("o") and o_cache against float64, lse against the one pass.
 
     late: first tokens of the first document whose keys and values are NaN until the first pass is over.
@@ -98,34 +113,34 @@ def measure_split(*, dtype: torch.dtype, key: int, value: int, cuts: tuple[int, 
     from hola_kernels.exact_cache import triton_forward, triton_read, triton_split_read
     from hola_kernels.exact_cache.read_configs import read_config
 
-    x = make_inputs(cuts[-1], heads, key, value, dtype, 4, device)
-    score, bounds = x.pop("score"), torch.tensor(cuts, device=device)
+    x = make_inputs(cu_seqlens[-1], heads, key, value, dtype, 4, device)
+    score, bounds = x.pop("score"), torch.tensor(cu_seqlens, device=device)
     x["sink"] = x["sink"] if sink else None
-    blocks = triton_read.Blocks.cut(bounds, cuts[-1], block=block, slots=slots, dense=False)
-    wide = {n: None if y is None else y.double() for n, y in x.items()}
-    o_cache, _ = exact_read(**{n: wide[n][None] for n in ("q", "k", "v")}, score=score.double()[None], block=block,
-                            **{n: wide[n] for n in ("gamma_q", "gamma_k", "sink")}, slots=slots, backend="torch",
+    blocks = triton_read.CacheBlocks.cut(bounds, cu_seqlens[-1], CacheOptions(block, slots), equal_length=False)
+    exact = {n: None if y is None else y.double() for n, y in x.items()}
+    o_cache, _ = exact_read(**{n: exact[n][None] for n in ("q", "k", "v")}, score=score.double()[None], block=block,
+                            **{n: exact[n] for n in ("gamma_q", "gamma_k", "sink")}, slots=slots, backend="torch",
                             cu_seqlens=bounds)
-    expected_y = wide["o_state"] + wide["gate"].sigmoid()[:, None] * o_cache[0]
+    expected_y = exact["o_state"] + exact["gate"].sigmoid()[:, None] * o_cache[0]
 
     mean = triton_read.norm_mean("rms", key)
     norm = triton_forward.launch_inverse_norms(x_MHD=x["k"], mean=mean)
     keys = {"k_RHK": x["k"], "v_RHV": x["v"], "key_norm_RH": norm}
     shared = {"q_MHK": x["q"], "gamma_q": x["gamma_q"], "gamma_k": x["gamma_k"], "sink_H": x["sink"], "mean": mean,
-              "units": blocks.units, "tile": read_config(key, value, dtype).forward}
+              "table": blocks.table, "tile": read_config(key, value, dtype).forward}
     chosen = triton_read.select_slots(score_MH=score, plan=blocks.plan, slots=slots)
     rest = {"gate_H": x["gate"], "o_state_MHV": x["o_state"], "slots_UHw": chosen, "incoming": late > 0}
     filling = {n: y.clone() for n, y in keys.items()}
     with poisoned():
         _, _, lse, query_norm = triton_forward.launch_read_forward(**shared, **keys, **rest)
-        read = triton_split_read.begin_split_read(**shared, **filling, opened=late, opened_segments=1)
+        read = triton_split_read.allocate_split_read(**shared, **filling, carried_tokens=late, carried_segments=1)
         for y in filling.values():
             y[:late] = float("nan")
         for run in read.runs((1, 2)):
-            triton_split_read.launch_read_own(read, run)
+            triton_split_read.launch_local_read(read, run)
         for n, y in filling.items():
             y[:late] = keys[n][:late]
-        found = triton_split_read.launch_read_rest(read, **rest)
+        found = triton_split_read.launch_cached_read(read, **rest)
     return {"o": relative_error(found[0], expected_y), "o_cache": relative_error(found[1], o_cache[0]),
             "lse": relative_error(found[2], lse), "query_norm": relative_error(found[3], query_norm)}
 
@@ -137,19 +152,19 @@ def measure_pieces(*, dtype: torch.dtype, bounds: tuple[int, ...] = (0, 300, 310
     sizes = {"block": block, "slots": slots}
     inputs = {n: x[None] if x.ndim > 1 else x for n, x in inputs.items() if n not in ("gate", "o_state")}
     score = inputs.pop("score")
-    wide = {n: x.double().requires_grad_() for n, x in inputs.items()}
-    expected_o, _ = exact_read(**wide, score=score.double(), backend="torch", **sizes)
+    exact = {n: x.double().requires_grad_() for n, x in inputs.items()}
+    expected_o, _ = exact_read(**exact, score=score.double(), backend="torch", **sizes)
     do = _incoming_gradient(expected_o)
-    expected = _gradients(expected_o, wide, do)
-    narrow = {n: x.clone().requires_grad_() for n, x in inputs.items()}
+    expected = _gradients(expected_o, exact, do)
+    leaves = {n: x.clone().requires_grad_() for n, x in inputs.items()}
     memory, outputs = None, []
     with poisoned():
         for start, end in itertools.pairwise(bounds):
-            piece = {n: x[:, start:end] if x.ndim > 2 else x for n, x in narrow.items()}
+            piece = {n: x[:, start:end] if x.ndim > 2 else x for n, x in leaves.items()}
             o, memory = exact_read(**piece, score=score[:, start:end], memory=memory, backend="triton", **sizes)
             outputs.append(o)
         o = torch.cat(outputs, 1)
-        found = _gradients(o, narrow, do)
+        found = _gradients(o, leaves, do)
     return {"o": relative_error(o, expected_o)} | {n: relative_error(found[n], expected[n]) for n in found}
 
 
@@ -159,12 +174,13 @@ def measure_selection() -> dict[str, float]:
     from hola_kernels.exact_cache import triton_read
 
     wrong = 0
-    for batch, length, cuts in ((2, 2048, None), (1, 9000, None), (1, 9000, (0, 0, 1, 300, 5000, 5000, 9000)),
+    for batch, length, cu_seqlens in ((2, 2048, None), (1, 9000, None), (1, 9000, (0, 0, 1, 300, 5000, 5000, 9000)),
                                 (1, 70_000, None), (1, 300_000, (0, 1000, 300_000))):
         score = torch.randint(-40, 200, (batch, length, 3), device="cuda").float() / 8
-        bounds = torch.tensor(cuts or range(0, batch * length + 1, length), device="cuda")
-        expected = select_cache(score=score, cu_seqlens=bounds if cuts else None, backend="torch")
-        blocks = triton_read.Blocks.cut(bounds, batch * length, block=256, slots=64, dense=cuts is None)
+        bounds = torch.tensor(cu_seqlens or range(0, batch * length + 1, length), device="cuda")
+        expected = select_cache(score=score, cu_seqlens=bounds if cu_seqlens else None, backend="torch")
+        blocks = triton_read.CacheBlocks.cut(bounds, batch * length, CacheOptions(),
+                                             equal_length=cu_seqlens is None)
         found = triton_read.select_slots(score_MH=score.flatten(0, 1), plan=blocks.plan, slots=64)
         wrong += int((found[: expected.shape[0]] != expected).sum())
     return {"wrong slots": float(wrong)}

@@ -16,14 +16,14 @@ from hola_kernels.norms import compute_dtype, l2_normalize
 def gated_delta_reference(q_MHK: Tensor, k_MHK: Tensor, v_MHV: Tensor, log_decay_MH: Tensor, beta_MH: Tensor,
                           cu_seqlens: Tensor, state_NHKV: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Same contract as `torch_chunked.gated_delta_chunked`."""
-    wide = compute_dtype(v_MHV)
-    q, k, v = l2_normalize(q_MHK.to(wide)), l2_normalize(k_MHK.to(wide)), v_MHV.to(wide)
-    alpha, beta = log_decay_MH.to(wide).exp(), beta_MH.to(wide)
+    compute = compute_dtype(v_MHV)
+    q, k, v = l2_normalize(q_MHK.to(compute)), l2_normalize(k_MHK.to(compute)), v_MHV.to(compute)
+    alpha, beta = log_decay_MH.to(compute).exp(), beta_MH.to(compute)
     scale = k.shape[-1] ** -0.5
     outputs, scores, states = [], [], []
     bounds = cu_seqlens.tolist()
     for n, (start, end) in enumerate(zip(bounds[:-1], bounds[1:], strict=True)):
-        state = state_NHKV[n].to(wide)
+        state = state_NHKV[n].to(compute)
         for t in range(start, end):
             decayed = alpha[t][:, None, None] * state
             residual = v[t] - torch.einsum("hkv,hk->hv", decayed, k[t])
@@ -33,4 +33,4 @@ def gated_delta_reference(q_MHK: Tensor, k_MHK: Tensor, v_MHV: Tensor, log_decay
         states.append(state)
     o_MHV = torch.stack(outputs) if outputs else v
     score_MH = torch.stack(scores) if scores else beta.detach()
-    return o_MHV, score_MH, torch.stack(states)
+    return o_MHV, score_MH, torch.stack(states) if states else state_NHKV.to(compute)

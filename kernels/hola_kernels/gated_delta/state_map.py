@@ -21,25 +21,28 @@ from hola_kernels.checks import check_tokens
 from hola_kernels.gated_delta import triton_refusal
 from hola_kernels.gated_delta.reference import gated_delta_reference
 from hola_kernels.gated_delta.torch_chunked import chunk_factors, pad_chunks
-from hola_kernels.memo import by_shape
+from hola_kernels.memo import by_shape, mark_constant
 from hola_kernels.norms import compute_dtype
+from hola_kernels.operation import operation
 from hola_kernels.segments import dense_cu_seqlens
 
 
+@operation
 @torch.no_grad()
 def state_map(*, k: Tensor, v: Tensor, log_decay: Tensor, beta: Tensor, backend: str = "auto") -> tuple[Tensor, Tensor]:
     """The map of B pieces of T tokens: M [B, H, K, K] and E [B, H, K, V], float32 (float64 in float64 calls).
 
     k [B, T, H, K], v [B, T, H, V], log_decay and beta [B, T, H] as in gated_delta_rule. Raises KernelError.
     """
-    check_tokens(k, k, v, log_decay, beta, None)
-    run = {"reference": _map_reference, "torch": _map_torch, "triton": _map_triton}[
-        choose_backend(backend, k.device, triton_refusal(k, k, v))]
+    check_tokens(k, k, v, log_decay=log_decay, beta=beta)
+    name = choose_backend(backend, k.device, triton_refusal(k, k, v))
+    run = {"reference": _map_reference, "torch": _map_torch, "triton": _map_triton if v.numel() else _map_torch}[name]
     both = run(*(x.flatten(0, 1) for x in (k, v, log_decay, beta)), k.shape[0])
     addition, matrix = both.split([v.shape[-1], k.shape[-1]], -1)
     return matrix, addition
 
 
+@operation
 @torch.no_grad()
 def entering_gradient(*, q: Tensor, k: Tensor, log_decay: Tensor, beta: Tensor, do: Tensor,
                       backend: str = "auto") -> Tensor:
@@ -47,34 +50,19 @@ def entering_gradient(*, q: Tensor, k: Tensor, log_decay: Tensor, beta: Tensor, 
 
     q, k [B, T, H, K], do [B, T, H, V], log_decay and beta [B, T, H]. float32 (float64 in float64 calls).
     """
-    check_tokens(q, k, do, log_decay, beta, None)
-    run = {"reference": _gradient_reference, "torch": _gradient_torch, "triton": _gradient_triton}[
-        choose_backend(backend, q.device, triton_refusal(q, k, do))]
+    check_tokens(q, k, do, log_decay=log_decay, beta=beta)
+    name = choose_backend(backend, q.device, triton_refusal(q, k, do))
+    run = {"reference": _gradient_reference, "torch": _gradient_torch,
+           "triton": _gradient_triton if do.numel() else _gradient_torch}[name]
     return run(*(x.flatten(0, 1) for x in (q, k, log_decay, beta, do)), q.shape[0])
 
 
-def compose(maps_NHKW: Tensor) -> Tensor:
-    """One map of N that follow each other, as [E | M] [..., N, H, K, V + K] -> [..., H, K, V + K].
-
-    Neighbours are joined two by two, so few products follow each other.
-    """
-    key_dim = maps_NHKW.shape[-2]
-    value_dim = maps_NHKW.shape[-1] - key_dim
-    while (count := maps_NHKW.shape[-4]) > 1:
-        pairs = maps_NHKW[..., : count // 2 * 2, :, :, :].unflatten(-4, (-1, 2))
-        earlier, later = pairs.unbind(-4)
-        joined = later[..., value_dim:] @ earlier
-        joined[..., :value_dim] += later[..., :value_dim]
-        maps_NHKW = torch.cat([joined, maps_NHKW[..., count // 2 * 2:, :, :, :]], -4) if count % 2 else joined
-    return maps_NHKW.squeeze(-4)
-
-
-def _dense_cuts(tokens: int, pieces: int, device: torch.device) -> Tensor:
+def _dense_cu_seqlens(tokens: int, pieces: int, device: torch.device) -> Tensor:
     return dense_cu_seqlens(pieces, tokens // max(pieces, 1), device)
 
 
 def _start(k: Tensor, value_dim: int, pieces: int) -> Tensor:
-    """[0 | I] [B, H, K, V + K]: columns of a state are independent, so E and M are states walked side by side."""
+    """[0 | I] [B, H, K, V + K]: columns of a state are independent, so E and M are columns of one state."""
     heads, key_dim = k.shape[1:]
     identity = torch.eye(key_dim, dtype=compute_dtype(k), device=k.device)
     return torch.cat([identity.new_zeros(key_dim, value_dim), identity], -1).expand(pieces, heads, -1, -1)
@@ -83,14 +71,14 @@ def _start(k: Tensor, value_dim: int, pieces: int) -> Tensor:
 def _map_reference(k: Tensor, v: Tensor, log_decay: Tensor, beta: Tensor, pieces: int) -> Tensor:
     """The definition: the rule itself on [v | 0], from [0 | I]."""
     values = torch.cat([v, torch.zeros_like(k).to(v)], -1)
-    cuts = _dense_cuts(k.shape[0], pieces, k.device)
-    return gated_delta_reference(k, k, values, log_decay, beta, cuts, _start(k, v.shape[-1], pieces))[2]
+    cu_seqlens = _dense_cu_seqlens(k.shape[0], pieces, k.device)
+    return gated_delta_reference(k, k, values, log_decay, beta, cu_seqlens, _start(k, v.shape[-1], pieces))[2]
 
 
 def _map_torch(k: Tensor, v: Tensor, log_decay: Tensor, beta: Tensor, pieces: int) -> Tensor:
-    factors = chunk_factors(k, v, log_decay, beta, _dense_cuts(k.shape[0], pieces, k.device))
+    factors = chunk_factors(k, v, log_decay, beta, _dense_cu_seqlens(k.shape[0], pieces, k.device))
     state = _start(k, v.shape[-1], pieces)
-    for rows in factors.units.rows:  # one chunk of every piece, in order of the pieces
+    for rows in factors.chunks.blocks_by_index:  # one chunk of every piece, in order of the pieces
         x = -(factors.from_keys[rows] @ state)
         x[..., : v.shape[-1]] += factors.from_values[rows]
         state = factors.decay_all[rows] * state + factors.k_to_end[rows].mT @ x
@@ -99,23 +87,23 @@ def _map_torch(k: Tensor, v: Tensor, log_decay: Tensor, beta: Tensor, pieces: in
 
 def _gradient_reference(q: Tensor, k: Tensor, log_decay: Tensor, beta: Tensor, do: Tensor, pieces: int) -> Tensor:
     """The definition: autograd through the rule."""
-    wide = compute_dtype(do)
+    compute = compute_dtype(do)
     with torch.enable_grad():
-        state = torch.zeros(pieces, *k.shape[1:], do.shape[-1], dtype=wide, device=k.device, requires_grad=True)
+        state = torch.zeros(pieces, *k.shape[1:], do.shape[-1], dtype=compute, device=k.device, requires_grad=True)
         detached = [x.detach() for x in (q, k, torch.zeros_like(do), log_decay, beta)]
-        o, _, _ = gated_delta_reference(*detached, _dense_cuts(k.shape[0], pieces, k.device), state)
+        o, _, _ = gated_delta_reference(*detached, _dense_cu_seqlens(k.shape[0], pieces, k.device), state)
         if not o.requires_grad:  # no tokens
             return torch.zeros_like(state)
-        return torch.autograd.grad(o, state, do.to(wide))[0]
+        return torch.autograd.grad(o, state, do.to(compute))[0]
 
 
 def _gradient_torch(q: Tensor, k: Tensor, log_decay: Tensor, beta: Tensor, do: Tensor, pieces: int) -> Tensor:
-    factors = chunk_factors(k, k[..., :0], log_decay, beta, _dense_cuts(k.shape[0], pieces, k.device))
+    factors = chunk_factors(k, k[..., :0], log_decay, beta, _dense_cu_seqlens(k.shape[0], pieces, k.device))
     q_decayed, attention = factors.attend(q)
-    wide = compute_dtype(do)
-    do_UHcV = pad_chunks(factors.units, do.to(wide))
-    gradient = torch.zeros(pieces, *k.shape[1:], do.shape[-1], dtype=wide, device=k.device)
-    for rows in reversed(factors.units.rows):
+    compute = compute_dtype(do)
+    do_UHcV = pad_chunks(factors.chunks, do.to(compute))
+    gradient = torch.zeros(pieces, *k.shape[1:], do.shape[-1], dtype=compute, device=k.device)
+    for rows in reversed(factors.chunks.blocks_by_index):
         dx = attention[rows].mT @ do_UHcV[rows] + factors.k_to_end[rows] @ gradient
         gradient = (factors.decay_all[rows] * gradient + q_decayed[rows].mT @ do_UHcV[rows]
                     - factors.from_keys[rows].mT @ dx)
@@ -123,21 +111,21 @@ def _gradient_torch(q: Tensor, k: Tensor, log_decay: Tensor, beta: Tensor, do: T
 
 
 @by_shape
-def _host_cuts(tokens: int, pieces: int) -> Tensor:
+def _host_cu_seqlens(tokens: int, pieces: int) -> Tensor:
     """On the CPU and the same tensor every time: the kernels keep one layout for it, and nothing waits."""
-    return _dense_cuts(tokens, pieces, torch.device("cpu"))
+    return mark_constant(_dense_cu_seqlens(tokens, pieces, torch.device("cpu")))
 
 
 def _map_triton(k: Tensor, v: Tensor, log_decay: Tensor, beta: Tensor, pieces: int) -> Tensor:
-    from hola_kernels.gated_delta.triton_pieces import piece_maps  # on first use: triton may be missing
+    from hola_kernels.gated_delta.triton_phases import piece_maps  # on first use: triton may be missing
 
-    return piece_maps(k, v, log_decay, beta, _host_cuts(k.shape[0], pieces))
+    return piece_maps(k, v, log_decay, beta, _host_cu_seqlens(k.shape[0], pieces))
 
 
 def _gradient_triton(q: Tensor, k: Tensor, log_decay: Tensor, beta: Tensor, do: Tensor, pieces: int) -> Tensor:
-    from hola_kernels.gated_delta.triton_pieces import piece_gradient
+    from hola_kernels.gated_delta.triton_phases import piece_gradient
 
-    return piece_gradient(q, k, log_decay, beta, do, _host_cuts(k.shape[0], pieces))
+    return piece_gradient(q, k, log_decay, beta, do, _host_cu_seqlens(k.shape[0], pieces))
 
 
-__all__ = ["compose", "entering_gradient", "state_map"]
+__all__ = ["entering_gradient", "state_map"]

@@ -8,11 +8,13 @@ from torch import Tensor
 from hola_kernels.backend import choose_backend
 from hola_kernels.checks import check_step
 from hola_kernels.norms import compute_dtype, l2_normalize
+from hola_kernels.operation import operation
 
 STEP_WIDTHS = (16, 32, 64, 128, 256)
 STEP_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
+@operation
 @torch.no_grad()
 def gated_delta_step(*, q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, beta: Tensor, state: Tensor,
                      backend: str = "auto") -> tuple[Tensor, Tensor]:
@@ -24,6 +26,8 @@ def gated_delta_step(*, q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, beta
     check_step(q, k, v, log_decay, beta, state)
     refusal = step_refusal(q, k, v) or (None if state.is_contiguous() else "a state that is not contiguous")
     name = choose_backend(backend, q.device, refusal)
+    if name == "triton" and not q.shape[0]:
+        name = "torch"
     return (_step_triton if name == "triton" else _step_torch)(q, k, v, log_decay, beta, state)
 
 
@@ -47,9 +51,9 @@ def _step_triton(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, beta: Tenso
 
 def _step_torch(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, beta: Tensor,
                 state: Tensor) -> tuple[Tensor, Tensor]:
-    wide = compute_dtype(v)
-    unit_q, unit_k, beta = l2_normalize(q.to(wide)), l2_normalize(k.to(wide)), beta.to(wide)
-    decayed = log_decay.to(wide).exp()[..., None, None] * state
-    residual = v.to(wide) - (decayed * unit_k[..., None]).sum(-2)
+    compute = compute_dtype(v)
+    unit_q, unit_k, beta = l2_normalize(q.to(compute)), l2_normalize(k.to(compute)), beta.to(compute)
+    decayed = log_decay.to(compute).exp()[..., None, None] * state
+    residual = v.to(compute) - (decayed * unit_k[..., None]).sum(-2)
     state.copy_(decayed + (beta[..., None] * unit_k)[..., None] * residual[..., None, :])
     return (state * unit_q[..., None]).sum(-2) * q.shape[-1] ** -0.5, beta * residual.norm(dim=-1)

@@ -27,7 +27,8 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from hola_kernels.descriptors import tiles_of
 from hola_kernels.gated_delta.triton_layout import CHUNK
-from hola_kernels.gated_delta.triton_prepare import BETA, DECAY, KEY_NORM, QUERY_NORM, SCALES
+from hola_kernels.gated_delta.triton_prepare import BETA, DECAY, DECAY_LOW, KEY_NORM, QUERY_NORM, SCALES
+from hola_kernels.gated_delta.triton_tables import load_chunk
 from hola_kernels.triton_config import Launch, launch_of
 
 # rows of the sums [U, H, SUMS, 64]
@@ -50,18 +51,17 @@ def _matrix_kernel(k, do, dr, residual, dr_rows, scales, attend, chunks, dv, dbe
     """
     pid = tl.program_id(0)
     chunk, head = pid // H, pid % H
-    start = tl.load(chunks + chunk * 2)
-    length = tl.load(chunks + chunk * 2 + 1)
-    place, col = tl.arange(0, C), tl.arange(0, BV)
-    inside = place < length
+    start, length = load_chunk(chunks, chunk)
+    offset, col = tl.arange(0, C), tl.arange(0, BV)
+    inside = offset < length
     at, here = start.to(tl.int64) * H + head, pid.to(tl.int64)
-    narrow = k.dtype
-    row = scales + here * (ROWS * C) + place
-    g, b = tl.load(row + DECAY * C), tl.load(row + BETA * C)
+    dtype = k.dtype
+    row = scales + here * (ROWS * C) + offset
+    g, low, b = tl.load(row + DECAY * C), tl.load(row + DECAY_LOW * C), tl.load(row + BETA * C)
     rk, rq = tl.load(row + KEY_NORM * C), tl.load(row + QUERY_NORM * C)
 
     do_e_CC, dr_e_CC = tl.zeros([C, C], tl.float32), tl.zeros([C, C], tl.float32)
-    value_tile = at * V + place[:, None] * (H * V) + col[None, :]
+    value_tile = at * V + offset[:, None] * (H * V) + col[None, :]
     for j in tl.range(0, V // BV, num_stages=STAGES):
         do_CV = do.load([start, head * V + j * BV])
         dr_CV = dr.load([start, head * V + j * BV])
@@ -70,36 +70,77 @@ def _matrix_kernel(k, do, dr, residual, dr_rows, scales, attend, chunks, dv, dbe
         dr_e_CC = tl.dot(dr_CV, tl.trans(e_CV), dr_e_CC, input_precision=PRECISION)
         if WRITE_DV:  # once more: a tile that goes into a product must not go into registers as well
             again_CV = tl.load(dr_rows + j * BV + value_tile, mask=inside[:, None], other=0.0).to(tl.float32)
-            tl.store(dv + j * BV + value_tile, (again_CV * b[:, None]).to(narrow), mask=inside[:, None])
+            tl.store(dv + j * BV + value_tile, (again_CV * b[:, None]).to(dtype), mask=inside[:, None])
     kk_CC = tl.zeros([C, C], tl.float32)
     for part in tl.range(0, K // 64, num_stages=STAGES):
         k_C64 = k.load([start, head * K + part * 64])
         kk_CC = tl.dot(k_C64, tl.trans(k_C64), kk_CC, input_precision=PRECISION)
 
     root: tl.constexpr = K ** -0.5
-    matrix = here * (C * C) + place[:, None] * C + place[None, :]
-    below, above = place[:, None] > place[None, :], place[:, None] < place[None, :]
+    matrix = here * (C * C) + offset[:, None] * C + offset[None, :]
+    # chosen, not multiplied by zero: rows after the chunk's end are another document's, and may be infinite
+    both_inside = inside[:, None] & inside[None, :]
+    do_e_CC, dr_e_CC = tl.where(both_inside, do_e_CC, 0.0), tl.where(both_inside, dr_e_CC, 0.0)
+    kk_CC = tl.where(both_inside, kk_CC, 0.0)
+    below, above = offset[:, None] > offset[None, :], offset[:, None] < offset[None, :]
     dbeta_C = tl.sum(tl.where(below | above, 0.0, dr_e_CC), 1)
-    tl.store(dbeta + at + place * H, dbeta_C.to(dbeta.dtype.element_ty), mask=inside)
+    tl.store(dbeta + at + offset * H, dbeta_C.to(dbeta.dtype.element_ty), mask=inside)
     # masked before exp: above the diagonal the differences may overflow
-    decay_CC = tl.exp(tl.where(above, float("-inf"), g[:, None] - g[None, :]))
+    difference = (g[:, None] - g[None, :]) + (low[:, None] - low[None, :])
+    decay_CC = tl.exp(tl.where(above, float("-inf"), difference))
     m_CC = do_e_CC * decay_CC * root
     g_CC = tl.where(below, -dr_e_CC * decay_CC, 0.0)  # M and G without their factors beta
-    tl.store(to_dq + matrix, (m_CC * (rk * b)[None, :]).to(narrow))
-    transposed = here * (C * C) + place[:, None] + place[None, :] * C
-    tl.store(from_q + transposed, (m_CC * rq[:, None]).to(narrow))
+    tl.store(to_dq + matrix, (m_CC * (rk * b)[None, :]).to(dtype))
+    transposed = here * (C * C) + offset[:, None] + offset[None, :] * C
+    tl.store(from_q + transposed, (m_CC * rq[:, None]).to(dtype))
     # <dP, P> and <dN, N>: their rows and columns are what the chunk's own tokens add along q^ and k^
     p_CC = tl.load(attend + matrix).to(tl.float32)
     along_p = do_e_CC * p_CC * b[None, :]
     along_n = g_CC * kk_CC * (rk * b)[:, None] * (rk * b)[None, :]
     rows_p, columns_p = tl.sum(along_p, 1), tl.sum(along_p, 0)
     rows_n, columns_n = tl.sum(along_n, 1), tl.sum(along_n, 0)
-    row = sums + here * (SUM_ROWS * C) + place
+    row = sums + here * (SUM_ROWS * C) + offset
     tl.store(row + ALONG_Q * C, rows_p)
     tl.store(row + ALONG_K * C, columns_p + rows_n + columns_n)
     tl.store(row + DECAY_OWN * C, rows_p - columns_p + rows_n - columns_n)
     both_CC = g_CC + tl.trans(g_CC)
-    tl.store(from_k + matrix, (both_CC * (rk * b)[None, :]).to(narrow))
+    tl.store(from_k + matrix, (both_CC * (rk * b)[None, :]).to(dtype))
+
+
+@triton.jit
+def _rows_inside(rows_CK, length, C: tl.constexpr):
+    """A tile of rows of which those after the chunk's end, another document's, are zeros."""
+    return tl.where((tl.arange(0, C) < length)[:, None], rows_CK, 0.0).to(rows_CK.dtype)
+
+
+@triton.jit
+def _finish_query(dq_CK, q, k, scales, to_dq, sums, dq, pid, head, start, length,
+                  H: tl.constexpr, K: tl.constexpr, C: tl.constexpr, ROWS: tl.constexpr, SUM_ROWS: tl.constexpr,
+                  PRECISION: tl.constexpr, PARTIAL: tl.constexpr):
+    """The rest of `_query_kernel`, from do S^T. PARTIAL: rows of the tiles are another document's."""
+    offset, dim = tl.arange(0, C), tl.arange(0, K)
+    here = pid.to(tl.int64)
+    dtype = k.dtype
+    row = scales + here * (ROWS * C) + offset
+    rq = tl.load(row + QUERY_NORM * C)
+    dq_CK *= (tl.exp(tl.load(row + DECAY * C)) * K ** -0.5)[:, None]
+    # q meets the accumulator as a product with the identity: exact, and already in the accumulator's layout
+    # (a loaded tile would make the compiler move the [64, K] product through shared memory for its row sums)
+    identity = tl.where(offset[:, None] == offset[None, :], 1.0, 0.0).to(dtype)
+    q_CK = q.load([start, head * K])
+    if PARTIAL:
+        q_CK = _rows_inside(q_CK, length, C)
+    unit_CK = tl.dot(identity, q_CK, input_precision=PRECISION) * rq[:, None]
+    along = tl.sum(dq_CK * unit_CK, 1)
+    row = sums + here * (SUM_ROWS * C) + offset
+    tl.store(row + DECAY_Q * C, along)
+    dq_CK -= unit_CK * (along + tl.load(row + ALONG_Q * C))[:, None]
+    k_CK, m_CC = k.load([start, head * K]), to_dq.load([pid * C, 0])
+    if PARTIAL:
+        k_CK = _rows_inside(k_CK, length, C)
+    dq_CK = dq_CK * rq[:, None] + tl.dot(m_CC, k_CK, input_precision=PRECISION) * rq[:, None]
+    key_tile = (start.to(tl.int64) * H + head) * K + offset[:, None] * (H * K) + dim[None, :]
+    tl.store(dq + key_tile, dq_CK.to(dtype), mask=(offset < length)[:, None])
 
 
 @triton.jit
@@ -109,38 +150,65 @@ def _query_kernel(q, k, do, states, scales, to_dq, chunks, sums, dq,
     """One program a chunk and head: dq [64, K] in registers; do [64, BV], S^T [BV, K] in shared memory, STAGES deep."""
     pid = tl.program_id(0)
     chunk, head = pid // H, pid % H
-    start = tl.load(chunks + chunk * 2)
-    length = tl.load(chunks + chunk * 2 + 1)
-    place, dim = tl.arange(0, C), tl.arange(0, K)
-    here = pid.to(tl.int64)
-    narrow = k.dtype
-
+    start, length = load_chunk(chunks, chunk)
     dq_CK = tl.zeros([C, K], tl.float32)
     for j in tl.range(0, V // BV, num_stages=STAGES):
         do_CV = do.load([start, head * V + j * BV])
         s_VK = states.load([pid * V + j * BV, 0])
         dq_CK = tl.dot(do_CV, s_VK, dq_CK, input_precision=PRECISION)
 
-    row = scales + here * (ROWS * C) + place
-    rq = tl.load(row + QUERY_NORM * C)
-    dq_CK *= (tl.exp(tl.load(row + DECAY * C)) * K ** -0.5)[:, None]
-    # q meets the accumulator as a product with the identity: exact, and already in the accumulator's layout
-    # (a loaded tile would make the compiler move the [64, K] product through shared memory for its row sums)
-    identity = tl.where(place[:, None] == place[None, :], 1.0, 0.0).to(narrow)
-    q_CK = q.load([start, head * K])
-    unit_CK = tl.dot(identity, q_CK, input_precision=PRECISION) * rq[:, None]
-    along = tl.sum(dq_CK * unit_CK, 1)
-    row = sums + here * (SUM_ROWS * C) + place
-    tl.store(row + DECAY_Q * C, along)
-    dq_CK -= unit_CK * (along + tl.load(row + ALONG_Q * C))[:, None]
-    k_CK, m_CC = k.load([start, head * K]), to_dq.load([pid * C, 0])
-    dq_CK = dq_CK * rq[:, None] + tl.dot(m_CC, k_CK, input_precision=PRECISION) * rq[:, None]
-    key_tile = (start.to(tl.int64) * H + head) * K + place[:, None] * (H * K) + dim[None, :]
-    tl.store(dq + key_tile, dq_CK.to(narrow), mask=(place < length)[:, None])
+    if length < C:
+        _finish_query(dq_CK, q, k, scales, to_dq, sums, dq, pid, head, start, length, H, K, C, ROWS, SUM_ROWS,
+                      PRECISION, True)
+    else:
+        _finish_query(dq_CK, q, k, scales, to_dq, sums, dq, pid, head, start, length, H, K, C, ROWS, SUM_ROWS,
+                      PRECISION, False)
 
 
 @triton.jit
-def _key_kernel(q, k, dr, residual, states, dstates, scales, from_q, from_k, chunks, sums, dk, dlog_decay,
+def _finish_key(dk_CK, after_CK, trace, q, k, scales, from_q, from_k, sums, log_decay, dk, dlog_decay, pid, head, start,
+                length, H: tl.constexpr, K: tl.constexpr, C: tl.constexpr, ROWS: tl.constexpr, SUM_ROWS: tl.constexpr,
+                PRECISION: tl.constexpr, PARTIAL: tl.constexpr):
+    """The rest of `_key_kernel`, from dr S^T, e dS^T and <S, dS>; PARTIAL as above."""
+    offset, dim = tl.arange(0, C), tl.arange(0, K)
+    inside, here = offset < length, pid.to(tl.int64)
+    dtype = k.dtype
+    row = scales + here * (ROWS * C) + offset
+    g, b, rk = tl.load(row + DECAY * C), tl.load(row + BETA * C), tl.load(row + KEY_NORM * C)
+    low = tl.load(row + DECAY_LOW * C)
+    g_end = tl.load(scales + here * (ROWS * C) + DECAY * C + (C - 1))
+    low_end = tl.load(scales + here * (ROWS * C) + DECAY_LOW * C + (C - 1))
+    k_CK, q_CK = k.load([start, head * K]), q.load([start, head * K])
+    if PARTIAL:
+        k_CK, q_CK = _rows_inside(k_CK, length, C), _rows_inside(q_CK, length, C)
+    from_k_CC, from_q_CC = from_k.load([pid * C, 0]), from_q.load([pid * C, 0])
+    dk_CK *= (-tl.exp(g) * b)[:, None]
+    after_CK *= (tl.exp((g_end - g) + (low_end - low)) * b)[:, None]
+    identity = tl.where(offset[:, None] == offset[None, :], 1.0, 0.0).to(dtype)  # as in the query kernel
+    unit_CK = tl.dot(identity, k_CK, input_precision=PRECISION) * rk[:, None]
+    along, outgoing = tl.sum(dk_CK * unit_CK, 1), tl.sum(after_CK * unit_CK, 1)
+    row = sums + here * (SUM_ROWS * C) + offset
+    dg = tl.load(row + DECAY_OWN * C) + tl.load(row + DECAY_Q * C) + along - outgoing
+    if PARTIAL:
+        dg, outgoing = tl.where(inside, dg, 0.0), tl.where(inside, outgoing, 0.0)
+    dk_CK += after_CK - unit_CK * (along + outgoing + tl.load(row + ALONG_K * C))[:, None]
+    # beta multiplies the products and not their sum: two products into one accumulator would count as a chain
+    dk_CK += tl.dot(from_k_CC, k_CK, input_precision=PRECISION) * b[:, None]
+    dk_CK += tl.dot(from_q_CC, q_CK, input_precision=PRECISION) * b[:, None]
+    at = start.to(tl.int64) * H + head
+    key_tile = at * K + offset[:, None] * (H * K) + dim[None, :]
+    tl.store(dk + key_tile, (dk_CK * rk[:, None]).to(dtype), mask=inside[:, None])
+
+    boundary = tl.exp(g_end) * trace + tl.sum(outgoing, 0)
+    dlog = tl.sum(tl.where(offset[:, None] > offset[None, :], 0.0, dg[None, :]), 1) + boundary
+    # a decay of zero has no slope: what is left of its sum is rounding
+    decay = tl.exp(tl.load(log_decay + at + offset * H, mask=inside, other=0.0).to(tl.float32))
+    dlog = tl.where(decay == 0.0, 0.0, dlog)
+    tl.store(dlog_decay + at + offset * H, dlog.to(dlog_decay.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _key_kernel(q, k, dr, residual, states, dstates, scales, from_q, from_k, chunks, sums, log_decay, dk, dlog_decay,
                 H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
                 ROWS: tl.constexpr, SUM_ROWS: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr):
     """One program a chunk and head: dk from before and from after [64, K] and S dS^T [BV, BV] in registers.
@@ -149,12 +217,8 @@ def _key_kernel(q, k, dr, residual, states, dstates, scales, from_q, from_k, chu
     """
     pid = tl.program_id(0)
     chunk, head = pid // H, pid % H
-    start = tl.load(chunks + chunk * 2)
-    length = tl.load(chunks + chunk * 2 + 1)
-    place, dim, col = tl.arange(0, C), tl.arange(0, K), tl.arange(0, BV)
-    inside, here = place < length, pid.to(tl.int64)
-    narrow = k.dtype
-
+    start, length = load_chunk(chunks, chunk)
+    col = tl.arange(0, BV)
     dk_CK, after_CK = tl.zeros([C, K], tl.float32), tl.zeros([C, K], tl.float32)
     product_VV = tl.zeros([BV, BV], tl.float32)
     for j in tl.range(0, V // BV, num_stages=STAGES):
@@ -166,30 +230,12 @@ def _key_kernel(q, k, dr, residual, states, dstates, scales, from_q, from_k, chu
         after_CK = tl.dot(e_CV, ds_VK, after_CK, input_precision=PRECISION)
         product_VV = tl.dot(s_VK, tl.trans(ds_VK), product_VV, input_precision=PRECISION)
     trace = tl.sum(tl.sum(tl.where(col[:, None] == col[None, :], product_VV, 0.0), 1), 0)
-
-    row = scales + here * (ROWS * C) + place
-    g, b, rk = tl.load(row + DECAY * C), tl.load(row + BETA * C), tl.load(row + KEY_NORM * C)
-    g_end = tl.load(scales + here * (ROWS * C) + DECAY * C + (C - 1))
-    k_CK, q_CK = k.load([start, head * K]), q.load([start, head * K])
-    from_k_CC, from_q_CC = from_k.load([pid * C, 0]), from_q.load([pid * C, 0])
-    dk_CK *= (-tl.exp(g) * b)[:, None]
-    after_CK *= (tl.exp(g_end - g) * b)[:, None]
-    identity = tl.where(place[:, None] == place[None, :], 1.0, 0.0).to(narrow)  # as in the query kernel
-    unit_CK = tl.dot(identity, k_CK, input_precision=PRECISION) * rk[:, None]
-    along, outgoing = tl.sum(dk_CK * unit_CK, 1), tl.sum(after_CK * unit_CK, 1)
-    row = sums + here * (SUM_ROWS * C) + place
-    dg = tl.load(row + DECAY_OWN * C) + tl.load(row + DECAY_Q * C) + along - outgoing
-    dk_CK += after_CK - unit_CK * (along + outgoing + tl.load(row + ALONG_K * C))[:, None]
-    # beta multiplies the products and not their sum: two products into one accumulator would count as a chain
-    dk_CK += tl.dot(from_k_CC, k_CK, input_precision=PRECISION) * b[:, None]
-    dk_CK += tl.dot(from_q_CC, q_CK, input_precision=PRECISION) * b[:, None]
-    at = start.to(tl.int64) * H + head
-    key_tile = at * K + place[:, None] * (H * K) + dim[None, :]
-    tl.store(dk + key_tile, (dk_CK * rk[:, None]).to(narrow), mask=inside[:, None])
-
-    boundary = tl.exp(g_end) * trace + tl.sum(outgoing, 0)
-    dlog = tl.sum(tl.where(place[:, None] > place[None, :], 0.0, dg[None, :]), 1) + boundary
-    tl.store(dlog_decay + at + place * H, dlog.to(dlog_decay.dtype.element_ty), mask=inside)
+    if length < C:
+        _finish_key(dk_CK, after_CK, trace, q, k, scales, from_q, from_k, sums, log_decay, dk, dlog_decay, pid, head,
+                    start, length, H, K, C, ROWS, SUM_ROWS, PRECISION, True)
+    else:
+        _finish_key(dk_CK, after_CK, trace, q, k, scales, from_q, from_k, sums, log_decay, dk, dlog_decay, pid, head,
+                    start, length, H, K, C, ROWS, SUM_ROWS, PRECISION, False)
 
 
 def chunk_gradients(*, q_MHK: Tensor, k_MHK: Tensor, do_MHV: Tensor, residual: Tensor, states: Tensor,
@@ -235,6 +281,6 @@ def chunk_gradients(*, q_MHK: Tensor, k_MHK: Tensor, do_MHV: Tensor, residual: T
     launch = launch_of("gated_delta_dk", *key)
     _key_kernel[grid](
         keys(q_MHK), keys(k_MHK), values(dr, launch), values(residual, launch), states_of(states, launch),
-        states_of(dstates, launch), scales, matrices(from_q), matrices(from_k), chunks, sums, dk, dlog_decay,
-        **options(launch))
+        states_of(dstates, launch), scales, matrices(from_q), matrices(from_k), chunks, sums, log_decay_MH, dk,
+        dlog_decay, **options(launch))
     return dq, dk, dv, dlog_decay, dbeta

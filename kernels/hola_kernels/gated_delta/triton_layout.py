@@ -1,25 +1,24 @@
 """Where the chunks lie: tables the kernels index, made once for each packing.
 
 A chunk is up to 64 consecutive tokens of one segment; a span is a run of consecutive
-chunks of one segment that one program walks over. Chunks of a segment are numbered in
+chunks of one segment that one program loops over. Chunks of a segment are numbered in
 order and segments follow each other, so a span is (first token, end token, first chunk).
 
-`layout_of` reads the cuts on the CPU and makes tables of just the chunks there are. `bounded_layout` reads nothing:
+`layout_of` reads cu_seqlens on the CPU and makes tables of just the chunks there are. `bounded_layout` reads nothing:
 its tables are as long as the shapes alone can ask for, and made on the device, so that a CUDA graph holds for any
-cuts of as many documents.
+cu_seqlens of as many documents.
 """
 
 from __future__ import annotations
 
-import weakref
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from hola_kernels.memo import hold, remember
+from hola_kernels.block_table import COUNT, START, block_table
+from hola_kernels.memo import memoise
 from hola_kernels.transfer import sent
-from hola_kernels.unit_table import COUNT, START, unit_table
 
 CHUNK = 64
 
@@ -52,70 +51,57 @@ class Layout:
         return self.segment_spans.shape[0]
 
 
-_known: dict[int, tuple[weakref.ref, list[int], dict[tuple[str, int], Layout]]] = {}
-
-
 def lengths_of(cu_seqlens: Tensor) -> list[int]:
-    """The segments' lengths; the cuts are read once, and kept as long as that very tensor lives.
-
-    Reading them waits for the device when the tensor is new and lies there, never when it lies on the CPU.
-    """
-    cuts = _remember(cu_seqlens)[1]
-    return [end - start for start, end in zip(cuts[:-1], cuts[1:], strict=True)]
+    """The segments' lengths. Reading them waits for the device where cu_seqlens lies there."""
+    bounds = _numbers(cu_seqlens)
+    return [end - start for start, end in zip(bounds[:-1], bounds[1:], strict=True)]
 
 
 def layout_of(cu_seqlens: Tensor, device: torch.device, span_chunks: int) -> Layout:
-    """The layout of segments cut at cu_seqlens [N + 1] in spans of at most span_chunks, kept like the cuts."""
-    _, cuts, layouts = _remember(cu_seqlens)
-    key = (str(device), span_chunks)
-    if key not in layouts:
-        layouts[key] = cut_spans(cuts, device, span_chunks)
-    return hold(layouts[key])
+    """The layout of segments cut at cu_seqlens [N + 1] in spans of at most span_chunks, made once a constant tensor."""
+    return memoise(cu_seqlens, ("spans", device, span_chunks),
+                   lambda: cut_spans(_numbers(cu_seqlens), device, span_chunks))
 
 
-def bounded_layout(cuts: Tensor, tokens: int, span_chunks: int, split: bool) -> Layout:
-    """The layout of M tokens cut at cuts [N + 1] int64 on the device, none of them read on the host.
+def _numbers(cu_seqlens: Tensor) -> list[int]:
+    return memoise(cu_seqlens, "numbers", cu_seqlens.tolist)
+
+
+def bounded_layout(cu_seqlens: Tensor, tokens: int, span_chunks: int, split: bool) -> Layout:
+    """The layout of M tokens cut at cu_seqlens [N + 1] int64 on the device, none of them read on the host.
 
     At most M // 64 + N chunks. split: a segment may be longer than span_chunks; else each is one span, of any length.
     """
-    return remember(cuts, ("layout", tokens, span_chunks, split), lambda: _bound(cuts, tokens, span_chunks, split))
+    return memoise(cu_seqlens, ("layout", tokens, span_chunks, split),
+                   lambda: _bound(cu_seqlens, tokens, span_chunks, split))
 
 
-def _bound(cuts: Tensor, tokens: int, span_chunks: int, split: bool) -> Layout:
-    chunks = unit_table(cuts, tokens, CHUNK, dense=False)
-    of_chunk = chunks.table[:, START : COUNT + 1].contiguous()  # neighbours; a list of columns would be sent there
-    segments = torch.arange(cuts.numel() - 1, device=cuts.device)
+def _bound(cu_seqlens: Tensor, tokens: int, span_chunks: int, split: bool) -> Layout:
+    chunks = block_table(cu_seqlens, tokens, CHUNK, equal_length=False)
+    of_chunk = chunks.entries[:, START : COUNT + 1].contiguous()  # neighbours; a list of columns would be sent there
+    segments = torch.arange(cu_seqlens.numel() - 1, device=cu_seqlens.device)
 
     def table(*columns: Tensor) -> Tensor:
         return torch.stack(columns, 1).to(torch.int32)
 
     if not split:
-        spans = table(cuts[:-1], cuts[1:], chunks.first[:-1])
+        spans = table(cu_seqlens[:-1], cu_seqlens[1:], chunks.first_block[:-1])
         return Layout(of_chunk, spans, table(segments, torch.ones_like(segments)), most_spans=1)
     size = span_chunks * CHUNK
-    count = ((cuts.diff() + size - 1) // size).clamp(min=1)
+    count = ((cu_seqlens.diff() + size - 1) // size).clamp(min=1)
     first_span = torch.cat([count.new_zeros(1), count.cumsum(0)])
-    span = torch.arange(tokens // size + segments.numel(), device=cuts.device)
+    span = torch.arange(tokens // size + segments.numel(), device=cu_seqlens.device)
     segment = (torch.searchsorted(first_span, span, right=True) - 1).clamp(0, segments.numel() - 1)
-    ordinal = span - first_span[segment]
-    first = cuts[segment] + ordinal * size
-    spans = table(first, torch.minimum(first + size, cuts[segment + 1]),
-                  chunks.first[segment] + ordinal * span_chunks)
+    index = span - first_span[segment]
+    first = cu_seqlens[segment] + index * size
+    spans = table(first, torch.minimum(first + size, cu_seqlens[segment + 1]),
+                  chunks.first_block[segment] + index * span_chunks)
     spans = torch.where((span < first_span[-1])[:, None], spans, 0)
     return Layout(of_chunk, spans, table(first_span[:-1], count), most_spans=span.numel())
 
 
-def _remember(cu_seqlens: Tensor) -> tuple[weakref.ref, list[int], dict[tuple[str, int], Layout]]:
-    key = id(cu_seqlens)
-    known = _known.get(key)
-    if known is None or known[0]() is not cu_seqlens:
-        known = (weakref.ref(cu_seqlens, lambda _: _known.pop(key, None)), cu_seqlens.tolist(), {})
-        _known[key] = known
-    return known
-
-
-def cut_spans(cuts: list[int], device: torch.device, span_chunks: int) -> Layout:
-    start, end = torch.tensor(cuts[:-1]), torch.tensor(cuts[1:])
+def cut_spans(bounds: list[int], device: torch.device, span_chunks: int) -> Layout:
+    start, end = torch.tensor(bounds[:-1]), torch.tensor(bounds[1:])
     chunk_first, chunk_last, first_chunk = _cut(start, end, CHUNK)
     span_first, span_last, first_span = _cut(start, end, span_chunks * CHUNK, at_least=1)
     segment = torch.bucketize(torch.arange(span_first.numel()), first_span, right=True) - 1
@@ -135,6 +121,6 @@ def _cut(start: Tensor, end: Tensor, size: int, at_least: int = 0) -> tuple[Tens
     count = ((end - start + size - 1) // size).clamp_min(at_least)
     first_piece = count.cumsum(0) - count
     segment = torch.repeat_interleave(torch.arange(count.numel()), count)
-    ordinal = torch.arange(segment.numel()) - first_piece[segment]
-    first = start[segment] + ordinal * size
+    index = torch.arange(segment.numel()) - first_piece[segment]
+    first = start[segment] + index * size
     return first, torch.minimum(first + size, end[segment]), first_piece

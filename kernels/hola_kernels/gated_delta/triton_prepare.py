@@ -23,6 +23,8 @@ from torch import Tensor
 
 from hola_kernels.backend import interpreted
 from hola_kernels.descriptors import tiles_of
+from hola_kernels.gated_delta import torch_chunked
+from hola_kernels.gated_delta.triton_tables import load_chunk
 from hola_kernels.norms import L2_EPS, RMS_EPS
 from hola_kernels.triton_config import launch_of
 
@@ -39,6 +41,11 @@ BETA = tl.constexpr(3)
 DECAY = tl.constexpr(4)      # g, held at its last value past the end
 KEY_NORM = tl.constexpr(5)   # rk
 QUERY_NORM = tl.constexpr(6)  # rq
+DECAY_LOW = tl.constexpr(7)  # what rounding took from g where a chunk forgets much, else zero
+
+FORGOTTEN = tl.constexpr(torch_chunked.FORGOTTEN)
+HARD = tl.constexpr(torch_chunked.HARD)
+GRID = tl.constexpr(torch_chunked.GRID)
 
 
 @dataclass(frozen=True)
@@ -50,6 +57,18 @@ class ReadNorm:
 
 
 @triton.jit
+def _cumulative_decay(log_decay):
+    """(g, low) as in `torch_chunked.cumulative_decay`."""
+    clamped = tl.where(log_decay < FORGOTTEN, FORGOTTEN, log_decay)
+    plain = tl.cumsum(clamped, 0)
+    coarse = tl.floor(clamped * GRID + 0.5) / GRID
+    high, fine = tl.cumsum(coarse, 0), tl.cumsum(clamped - coarse, 0)
+    total = high + fine
+    hard = tl.min(plain, 0) < HARD
+    return tl.where(hard, total, plain), tl.where(hard, (high - total) + fine, 0.0)
+
+
+@triton.jit
 def _prepare_kernel(q, k, log_decay, beta, chunks, scales, solve, attend, read_norm, read_mean,
                     H: tl.constexpr, K: tl.constexpr, C: tl.constexpr, ROWS: tl.constexpr, EPS: tl.constexpr,
                     PART: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr, SOLVE: tl.constexpr,
@@ -57,16 +76,15 @@ def _prepare_kernel(q, k, log_decay, beta, chunks, scales, solve, attend, read_n
     """One program a chunk and head. The [64, 64] matrices live in registers, fp32; k and q pass in parts [64, PART]."""
     pid = tl.program_id(0)
     chunk, head = pid // H, pid % H
-    start = tl.load(chunks + chunk * 2)
-    length = tl.load(chunks + chunk * 2 + 1)
-    place = tl.arange(0, C)
-    inside = place < length
-    at = start.to(tl.int64) * H + head + place * H
-    g = tl.load(log_decay + at, mask=inside, other=0.0).to(tl.float32)
+    start, length = load_chunk(chunks, chunk)
+    offset = tl.arange(0, C)
+    inside = offset < length
+    at = start.to(tl.int64) * H + head + offset * H
+    g, low = _cumulative_decay(tl.load(log_decay + at, mask=inside, other=0.0).to(tl.float32))
     b = tl.load(beta + at, mask=inside, other=0.0).to(tl.float32)
 
-    g = tl.cumsum(g, 0)
-    g_end = tl.sum(tl.where(place == C - 1, g, 0.0), 0)
+    g_end = tl.sum(tl.where(offset == C - 1, g, 0.0), 0)
+    low_end = tl.sum(tl.where(offset == C - 1, low, 0.0), 0)
     kk_CC, qk_CC, qq_CC = tl.zeros([C, C], tl.float32), tl.zeros([C, C], tl.float32), tl.zeros([C, C], tl.float32)
     for part in tl.range(0, K // PART, num_stages=STAGES):
         # products only: Triton 3.6 and 3.7 overwrite a tile too early that a pipelined loop both multiplies and
@@ -76,30 +94,34 @@ def _prepare_kernel(q, k, log_decay, beta, chunks, scales, solve, attend, read_n
         kk_CC = tl.dot(k_CP, tl.trans(k_CP), kk_CC, input_precision=PRECISION)
         qk_CC = tl.dot(q_CP, tl.trans(k_CP), qk_CC, input_precision=PRECISION)
         qq_CC = tl.dot(q_CP, tl.trans(q_CP), qq_CC, input_precision=PRECISION)
-    same = place[:, None] == place[None, :]
+    same = offset[:, None] == offset[None, :]
     k_square, q_square = tl.sum(tl.where(same, kk_CC, 0.0), 1), tl.sum(tl.where(same, qq_CC, 0.0), 1)
     rk = tl.where(inside, 1.0 / tl.sqrt(k_square + EPS), 0.0)
     rq = tl.where(inside, 1.0 / tl.sqrt(q_square + EPS), 0.0)
-    if READ_NORM:  # what the exact read divides keys by
+    if READ_NORM:  # what cache attention divides keys by
         tl.store(read_norm + at, tl.rsqrt(k_square * read_mean + READ_EPS), mask=inside)
     root: tl.constexpr = K ** -0.5
-    row = scales + pid.to(tl.int64) * (ROWS * C) + place
+    row = scales + pid.to(tl.int64) * (ROWS * C) + offset
     tl.store(row + KEY_IN * C, tl.exp(g) * rk)
-    tl.store(row + KEY_OUT * C, tl.exp(g_end - g) * rk)
+    tl.store(row + KEY_OUT * C, tl.exp((g_end - g) + (low_end - low)) * rk)
     tl.store(row + QUERY_IN * C, tl.exp(g) * rq * root)
     tl.store(row + BETA * C, b)
     tl.store(row + DECAY * C, g)
     tl.store(row + KEY_NORM * C, rk)
     tl.store(row + QUERY_NORM * C, rq)
+    tl.store(row + DECAY_LOW * C, low)
 
     # masked before exp: above the diagonal g_i - g_j is positive and may overflow
-    difference = tl.where(place[:, None] >= place[None, :], g[:, None] - g[None, :], float("-inf"))
+    difference = (g[:, None] - g[None, :]) + (low[:, None] - low[None, :])
+    difference = tl.where(offset[:, None] >= offset[None, :], difference, float("-inf"))
     decay_CC = tl.exp(difference) * rk[None, :]
-    matrix = pid.to(tl.int64) * (C * C) + place[:, None] * C + place[None, :]
-    attend_CC = qk_CC * decay_CC * (rq * root)[:, None]
+    matrix = pid.to(tl.int64) * (C * C) + offset[:, None] * C + offset[None, :]
+    # chosen, not multiplied by zero: rows after the segment's end are another document's, and may be infinite
+    seen_CC = (offset[:, None] >= offset[None, :]) & inside[:, None]
+    attend_CC = tl.where(seen_CC, qk_CC * decay_CC * (rq * root)[:, None], 0.0)
     tl.store(attend + matrix, attend_CC.to(attend.dtype.element_ty))
     n_CC = kk_CC * decay_CC * rk[:, None]
-    n_CC = tl.where(place[:, None] > place[None, :], n_CC, 0.0)
+    n_CC = tl.where((offset[:, None] > offset[None, :]) & inside[:, None], n_CC, 0.0)
     tl.store(solve + matrix, _solve(n_CC, b, C, SOLVE).to(solve.dtype.element_ty))
 
 
@@ -107,19 +129,7 @@ def _prepare_kernel(q, k, log_decay, beta, chunks, scales, solve, attend, read_n
 def _solve(n_CC, b, C: tl.constexpr, PRECISION: tl.constexpr):
     """U = N (I + diag(b) N)^-1 of a strictly lower triangular N, fp32."""
     D: tl.constexpr = 16
-    B: tl.constexpr = C // D
-    block, within = tl.arange(0, B), tl.arange(0, D)
-    same = (block[:, None, None, None] == block[None, None, :, None])
-    # [B, D, D]: the diagonal blocks of N, solved one row at a time: u_i = n_i - sum_j<i n_ij b_j u_j
-    n_BDD = tl.sum(tl.where(same, tl.reshape(n_CC, (B, D, B, D)), 0.0), 2)
-    b_BD = tl.reshape(b, (B, D))
-    u_BDD = n_BDD
-    for i in range(1, D):
-        is_i = (within == i)[None, :, None]
-        n_i = tl.sum(tl.where(is_i, n_BDD, 0.0), 1)
-        seen = tl.sum((n_i * b_BD)[:, :, None] * u_BDD, 1)
-        u_BDD = tl.where(is_i, (n_i - seen)[:, None, :], u_BDD)
-    u_CC = tl.reshape(tl.where(same, u_BDD[:, :, None, :], 0.0), (C, C))
+    u_CC = _solve_blocks(n_CC, b, C)
     # (I + N b) U = N with N = (blocks on the diagonal) + L: (I + J b) U = U_diagonal + J, J = (I - U_diagonal b) L
     of = tl.arange(0, C) // D
     l_CC = tl.where(of[:, None] > of[None, :], n_CC, 0.0)
@@ -131,11 +141,42 @@ def _solve(n_CC, b, C: tl.constexpr, PRECISION: tl.constexpr):
     return even_CC - tl.dot(step_CC, even_CC, input_precision=PRECISION)
 
 
+@triton.jit
+def _solve_blocks(n_CC, b, C: tl.constexpr):
+    """[C, C]: the same U of each 16 x 16 diagonal block of N by itself, zero elsewhere.
+
+    Forward substitution in 8 x 8 blocks, one row at a time (u_i = n_i - sum_j<i n_ij b_j u_j), seven dependent steps;
+    then two neighbours are joined exactly: with blocks 1 and 2, U21 = (I - U22 b2) N21 (I - b1 U11).
+    """
+    D: tl.constexpr = 8
+    B: tl.constexpr = C // D
+    block, within = tl.arange(0, B), tl.arange(0, D)
+    same = block[:, None, None, None] == block[None, None, :, None]
+    n_BDBD = tl.reshape(n_CC, (B, D, B, D))
+    n_BDD = tl.sum(tl.where(same, n_BDBD, 0.0), 2)
+    b_BD = tl.reshape(b, (B, D))
+    u_BDD = n_BDD
+    for i in range(1, D):
+        is_i = (within == i)[None, :, None]
+        n_i = tl.sum(tl.where(is_i, n_BDD, 0.0), 1)
+        seen = tl.sum((n_i * b_BD)[:, :, None] * u_BDD, 1)
+        u_BDD = tl.where(is_i, (n_i - seen)[:, None, :], u_BDD)
+    # [B, D, D]: the block to the left of an odd block; zero for even ones
+    left = (block[:, None, None, None] == block[None, None, :, None] + 1) & (block % 2 == 1)[:, None, None, None]
+    l_BDD = tl.sum(tl.where(left, n_BDBD, 0.0), 2)
+    l_BDD -= tl.sum((u_BDD * b_BD[:, None, :])[:, :, :, None] * l_BDD[:, None, :, :], 2)
+    before = block[:, None, None, None] == block[None, :, None, None] + 1   # [B, B', 1, 1]: B' comes before B
+    bu_BDD = tl.sum(tl.where(before, (b_BD[:, :, None] * u_BDD)[None, :, :, :], 0.0), 1)
+    l_BDD -= tl.sum(l_BDD[:, :, :, None] * bu_BDD[:, None, :, :], 2)
+    u_BDBD = tl.where(same, u_BDD[:, :, None, :], 0.0) + tl.where(left, l_BDD[:, :, None, :], 0.0)
+    return tl.reshape(u_BDBD, (C, C))
+
+
 def prepare(*, q_MHK: Tensor, k_MHK: Tensor, log_decay_MH: Tensor, beta_MH: Tensor, chunks: Tensor,
             precision: str, read_norm: ReadNorm | None = None) -> tuple[Tensor, Tensor, Tensor]:
     """scales [U, H, 8, 64] fp32, solve U and attention P [U, H, 64, 64] in q's dtype, for all chunks at once.
 
-    read_norm: the exact read's norms of the keys are wanted too.
+    read_norm: the keys' norms of cache attention are wanted too.
     """
     heads, key_dim = q_MHK.shape[1:]
     count, size = chunks.shape[0], 64

@@ -1,10 +1,10 @@
 """One long sequence on a whole GPU: its spans side by side, joined by the affine map of each.
 
-The state walks over chunks one after the other, so a batch of few long sequences would leave
+The state pass takes chunks one after the other, so a batch of few long sequences would leave
 most of the GPU idle. A span of chunks maps the state that enters it by S_out = M S_in + E.
 All maps are found at once (starting from no state for E, from the identity for M), a short scan
-over spans gives the state that enters each, and then all spans walk at the same time. The
-gradient goes back through the same M: dS_in = M^T dS_out + dE. The walks are done twice and M
+over spans gives the state that enters each, and then all spans run at the same time. The
+gradient goes back through the same M: dS_in = M^T dS_out + dE. The passes are done twice and M
 costs K more columns, so a sequence is split only where it would take longer whole.
 """
 
@@ -48,7 +48,7 @@ def _scan_kernel(matrices, additions, segment_spans, first_state, states,
         span = first + (count - 1 - i if REVERSE else i)
         here = (span * H + head).to(tl.int64)
         tl.store(states + here * (K * V) + dim[:, None] * V + col[None, :], state_KT)
-        if i + 1 < count:  # nobody asks for the state behind the last span
+        if i + 1 < count:  # the state after the last span is not needed
             tl.debug_barrier()  # all rows are written before any is read back
             state_KT = tl.load(additions + here * (K * AW) + dim[:, None] * AW + col[None, :])
             blocks = K // B if HAS_STATE else tl.where(i > 0, K // B, 0)  # there is nothing to multiply at first
@@ -64,12 +64,12 @@ def entering_states(*, maps: Tensor, layout: Layout, state_NHKV: Tensor | None, 
     return _scan(maps, maps, layout, state_NHKV, value_dim, reverse=False)
 
 
-def leaving_gradients(*, turned: Tensor, dentering: Tensor, layout: Layout, dstate_NHKV: Tensor | None) -> Tensor:
+def leaving_gradients(*, M_T: Tensor, dentering: Tensor, layout: Layout, dstate_NHKV: Tensor | None) -> Tensor:
     """The gradient of the state leaving each span [P, H, K, V], from M^T and dE of each and that of the final states.
 
-    turned: [P, H, K, K] fp32.
+    M_T: [P, H, K, K] fp32.
     """
-    return _scan(turned, dentering, layout, dstate_NHKV, dentering.shape[3], reverse=True)
+    return _scan(M_T, dentering, layout, dstate_NHKV, dentering.shape[3], reverse=True)
 
 
 def _scan(matrices: Tensor, additions: Tensor, layout: Layout, first: Tensor | None, value_dim: int,

@@ -1,9 +1,10 @@
 """Correctness cases of the gated delta rule, against the chunked torch backend in float64.
 
 One case a (K, V, dtype) that can be launched and a kind of input: slow decay with a state coming in and
-its gradient going out, packed documents with empty and one-token ones, keys alike or nearly equal with beta near 1,
-a decay so fast that only its last digits matter, and long sequences split in spans, one of which is written to at
-its beginning only and forgets a quarter of what tf32 can tell from one in each of 40 spans.
+its gradient going out, packed documents with empty and one-token ones, similar or nearly equal keys with beta near 1,
+write strengths near 2, a decay so fast that only its last digits matter, tokens that forget everything (-inf) among
+slow ones, and long sequences split in spans, one of which is written to at its beginning only and forgets a quarter of
+what tf32 can tell from one in each of 40 spans.
 """
 
 from __future__ import annotations
@@ -18,14 +19,19 @@ from hola_kernels.verify import poisoned, relative_error
 
 LIMITS = {"bfloat16": (0.005, 0.008, 0.02), "float16": (0.005, 0.008, 0.02), "float32": (1e-5, 1e-4, 1e-4)}
 KINDS = {
-    "slow": {"cuts": (0, 200), "decay": 0.003},
-    "packed": {"cuts": (0, 0, 1, 64, 64, 129, 400), "decay": 0.02},
-    "alike keys": {"cuts": (0, 300), "decay": 0.0, "spread": 1.0},
-    "equal keys": {"cuts": (0, 300), "decay": 0.0, "spread": 0.2},
-    "fast": {"cuts": (0, 130, 257), "decay": 3.0},
-    "split": {"cuts": (0, 0, 200, 201, 600), "decay": 0.02, "chunks_a_span": 2},
-    "split, many spans": {"cuts": (0, 2000), "decay": 0.003, "chunks_a_span": 2, "heads": 1},
-    "split, remembered": {"cuts": (0, 2560), "decay": 3.7e-6, "chunks_a_span": 1, "heads": 1, "remembered": True},
+    "slow": {"cu_seqlens": (0, 200), "decay": 0.003},
+    "packed": {"cu_seqlens": (0, 0, 1, 64, 64, 129, 400), "decay": 0.02},
+    "similar keys": {"cu_seqlens": (0, 300), "decay": 0.0, "spread": 1.0},
+    "equal keys": {"cu_seqlens": (0, 300), "decay": 0.0, "spread": 0.2},
+    "reflected": {"cu_seqlens": (0, 0, 1, 64, 129, 300), "decay": 0.01, "beta_range": 2},
+    "reflected, similar keys": {"cu_seqlens": (0, 300), "decay": 0.0, "spread": 1.0, "beta_range": 2},
+    "fast": {"cu_seqlens": (0, 130, 257), "decay": 3.0},
+    "forgets": {"cu_seqlens": (0, 130, 300), "decay": 0.01, "forgets": True},
+    "split": {"cu_seqlens": (0, 0, 200, 201, 600), "decay": 0.02, "chunks_a_span": 2},
+    "split, forgets": {"cu_seqlens": (0, 600), "decay": 0.01, "chunks_a_span": 2, "forgets": True},
+    "split, many spans": {"cu_seqlens": (0, 2000), "decay": 0.003, "chunks_a_span": 2, "heads": 1},
+    "split, early writes": {"cu_seqlens": (0, 2560), "decay": 3.7e-6, "chunks_a_span": 1, "heads": 1,
+                            "early_writes": True},
 }
 
 
@@ -51,25 +57,30 @@ def limit(name: str, output: str) -> float:
     return factor * (scalar_gradient if output in ("dbeta", "dlog_decay") else gradient)
 
 
-def measure(*, dtype: torch.dtype, key: int, value: int, cuts: tuple[int, ...], decay: float, device: str,
-            spread: float | None = None, chunks_a_span: int | None = None, heads: int = 2, remembered: bool = False,
-            seed: int = 0) -> dict[str, float]:
+def measure(*, dtype: torch.dtype, key: int, value: int, cu_seqlens: tuple[int, ...], decay: float, device: str,
+            spread: float | None = None, chunks_a_span: int | None = None, heads: int = 2, early_writes: bool = False,
+            forgets: bool = False, beta_range: int = 1, seed: int = 0) -> dict[str, float]:
     """Relative errors of o, score, final state and every gradient, all outputs poisoned before the launch.
 
     decay: largest -log_decay of a token. spread: keys that differ by this much from one common key, and
     beta = 0.999 (the hardest system to solve); independent keys without it. chunks_a_span: split the sequences.
-    remembered: every token decays the same, and only the first 64 write.
+    forgets: tokens with log decays of -1e4 and -inf among the others.
+    beta_range: 2 for write strengths up to 1.998, which reverse what a key holds.
+    early_writes: every token decays the same, and only the first 64 write.
     """
-    inputs = make_inputs(cuts[-1], len(cuts) - 1, heads, key, value, decay, spread, seed)
-    if remembered:
+    inputs = make_inputs(cu_seqlens[-1], len(cu_seqlens) - 1, heads, key, value, decay, spread, seed)
+    inputs[4] *= beta_range
+    if early_writes:
         inputs[3].fill_(-decay)
         inputs[4][64:] = 0.0
-    narrow = [x.to(dtype if i < 3 else torch.float32).to(device) for i, x in enumerate(inputs)]
-    weights = [x.to(device) for x in make_weights(cuts[-1], len(cuts) - 1, heads, key, value, dtype)]
-    bounds = torch.tensor(cuts)
-    expected = _run("torch", [x.double() for x in narrow], bounds.to(device), weights)
+    if forgets:
+        inputs[3][40::50], inputs[3][65::71] = -1e4, -torch.inf
+    rounded = [x.to(dtype if i < 3 else torch.float32).to(device) for i, x in enumerate(inputs)]
+    weights = [x.to(device) for x in make_weights(cu_seqlens[-1], len(cu_seqlens) - 1, heads, key, value, dtype)]
+    bounds = torch.tensor(cu_seqlens)
+    expected = _run("torch", [x.double() for x in rounded], bounds.to(device), weights)
     with poisoned():
-        found = _run("triton", narrow, bounds, weights, chunks_a_span=chunks_a_span)
+        found = _run("triton", rounded, bounds, weights, chunks_a_span=chunks_a_span)
     return {name: relative_error(found[name], expected[name]) for name in expected}
 
 

@@ -1,28 +1,26 @@
 """Decay and write strength in one launch forward and two backward; in torch they are eight and some sixteen.
 
-A program owns a tile of tokens with all their heads; in the backward pass it walks over several tiles to sum the
+A program owns a tile of tokens with all their heads; in the backward pass it loops over several tiles to sum the
 gradients of A_log and dt_bias in registers, and the programs' sums are then added up: deterministic. Nothing is saved
 but what is returned, which the state keeps as well: with s = -log_decay / exp(A_log), the softplus, its slope is
-1 - exp(-s). So the projection need not be kept for it.
+1 - exp(-s). So the projection need not be saved for it.
 Tokens may lie at two strides (rows of a batch, tokens of a row): nothing is copied where a [B, S, W] is transposed.
 For 65,536 tokens of 4 heads and 64 columns in bf16: forward 4 MB, backward 13 MB, 3 us at 4.3 TB/s; launches count.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from hola_kernels.integers import cdiv, next_power_of_2
+from hola_kernels.operation import first_order
+from hola_kernels.triton_rows import GradBuffer, contiguous_columns, gradient_rows
 from hola_kernels.triton_sums import sum_parts
-
-Room = Callable[[], Tensor]
 
 NUMBERS, MOST_TOKENS = 1024, 128  # of a tile; more tokens' zeros would not fit in registers of 128 threads
 PROGRAMS = 528  # of the backward pass: four for each of an H200's 132 multiprocessors
@@ -46,22 +44,22 @@ def _one_less_exp(s):
 
 
 @triton.jit
-def _place(token, row_tokens, row_stride, token_stride):
+def _offset(token, row_tokens, row_stride, token_stride):
     """Where a token begins, in 64 bits, of tokens [rows, row_tokens] at two strides."""
     return (token // row_tokens).to(tl.int64) * row_stride + (token % row_tokens).to(tl.int64) * token_stride
 
 
 @triton.jit
 def _gates_forward_kernel(x_ptr, A_log_ptr, dt_bias_ptr, log_decay_ptr, beta_ptr, total, row_tokens, row_stride,
-                          token_stride, H: tl.constexpr, DECAY: tl.constexpr, TOKENS: tl.constexpr,
-                          HEADS: tl.constexpr):
+                          token_stride, H: tl.constexpr, DECAY: tl.constexpr, RANGE: tl.constexpr,
+                          TOKENS: tl.constexpr, HEADS: tl.constexpr):
     """log_decay, beta [M, H] of M = total tokens; [TOKENS, HEADS] in registers."""
     token = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
     h = tl.arange(0, HEADS)
     mask = (token < total)[:, None] & (h < H)[None, :]
-    x = x_ptr + _place(token, row_tokens, row_stride, token_stride)[:, None] + h[None, :]
+    x = x_ptr + _offset(token, row_tokens, row_stride, token_stride)[:, None] + h[None, :]
     out = token.to(tl.int64)[:, None] * H + h[None, :]
-    beta = tl.sigmoid(tl.load(x, mask=mask, other=0.0).to(tl.float32))
+    beta = RANGE * tl.sigmoid(tl.load(x, mask=mask, other=0.0).to(tl.float32))
     tl.store(beta_ptr + out, beta, mask=mask)
     if DECAY:
         rate = tl.exp(tl.load(A_log_ptr + h, mask=h < H, other=0.0).to(tl.float32))
@@ -76,10 +74,11 @@ def _gates_forward_kernel(x_ptr, A_log_ptr, dt_bias_ptr, log_decay_ptr, beta_ptr
 @triton.jit
 def _gates_backward_kernel(log_decay_ptr, beta_ptr, dlog_decay_ptr, dbeta_ptr, A_log_ptr, dx_ptr, part_ptr, total,
                            row_tokens, row_stride, token_stride, H: tl.constexpr, W: tl.constexpr,
-                           DECAY: tl.constexpr, TOKENS: tl.constexpr, HEADS: tl.constexpr, SPARE: tl.constexpr):
+                           DECAY: tl.constexpr, RANGE: tl.constexpr, TOKENS: tl.constexpr, HEADS: tl.constexpr,
+                           SPARE: tl.constexpr):
     """dx [M, W], part [programs, 2, H] (of A_log, of dt_bias): with z = a + dt_bias and s = softplus(z),
 
-    db = dbeta beta (1 - beta)    da = dz = -dlog_decay exp(A_log) (1 - exp(-s))
+    db = dbeta beta (1 - beta / RANGE)    da = dz = -dlog_decay exp(A_log) (1 - exp(-s))
     dA_log = sum dlog_decay log_decay    ddt_bias = sum dz
     """
     h = tl.arange(0, HEADS)
@@ -91,11 +90,11 @@ def _gates_backward_kernel(log_decay_ptr, beta_ptr, dlog_decay_ptr, dbeta_ptr, A
     for first in tl.range(tl.program_id(0) * TOKENS, total, tl.num_programs(0) * TOKENS):
         token = first + tl.arange(0, TOKENS)
         mask = (token < total)[:, None] & (h < H)[None, :]
-        begin = dx_ptr + _place(token, row_tokens, row_stride, token_stride)[:, None]
+        begin = dx_ptr + _offset(token, row_tokens, row_stride, token_stride)[:, None]
         at = token.to(tl.int64)[:, None] * H + h[None, :]
         beta = tl.load(beta_ptr + at, mask=mask, other=0.0)
         dbeta = tl.load(dbeta_ptr + at, mask=mask, other=0.0)
-        db = dbeta * (1.0 - beta) * beta
+        db = dbeta * (1.0 - beta * (1.0 / RANGE)) * beta
         tl.store(begin + h[None, :], db.to(dx_ptr.dtype.element_ty), mask=mask)
         if DECAY:
             log_decay = tl.load(log_decay_ptr + at, mask=mask, other=0.0)
@@ -120,16 +119,17 @@ class DecayAndStrength(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x_NTW: Tensor, heads: int, A_log_H: Tensor | None, dt_bias_H: Tensor | None,
-                dx_room: Room | None) -> tuple[Tensor, Tensor]:
+                beta_range: int, dx_buffer: GradBuffer | None) -> tuple[Tensor, Tensor]:
         rows, tokens, _ = x_NTW.shape
         log_decay = torch.empty(rows, tokens, heads, dtype=torch.float32, device=x_NTW.device)
         beta = torch.empty(log_decay.shape, dtype=torch.float32, device=x_NTW.device)
         tile = _tile(heads)
         _gates_forward_kernel[(cdiv(rows * tokens, tile["TOKENS"]),)](
             x_NTW, A_log_H, dt_bias_H, log_decay, beta, rows * tokens, tokens, *x_NTW.stride()[:2], H=heads,
-            DECAY=A_log_H is not None, **tile, num_warps=4)
+            DECAY=A_log_H is not None, RANGE=beta_range, **tile, num_warps=4)
         ctx.save_for_backward(log_decay, beta, A_log_H)
-        ctx.like, ctx.dx_room = torch.empty_like(x_NTW, device="meta"), dx_room  # shape and dtype, no memory
+        ctx.beta_range = beta_range
+        ctx.like, ctx.dx_buffer = torch.empty_like(x_NTW, device="meta"), dx_buffer  # shape and dtype, no memory
         ctx.bias_dtype = None if dt_bias_H is None else dt_bias_H.dtype
         ctx.set_materialize_grads(False)
         if A_log_H is None:
@@ -137,32 +137,32 @@ class DecayAndStrength(torch.autograd.Function):
         return log_decay, beta
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx: Any, dlog_decay: Tensor | None, dbeta: Tensor | None) -> tuple[Tensor | None, ...]:
         log_decay, beta, A_log_H = ctx.saved_tensors
         decay, (rows, tokens, width), heads = A_log_H is not None, ctx.like.shape, beta.shape[-1]
         dlog_decay, dbeta = _given(dlog_decay, log_decay) if decay else None, _given(dbeta, beta)
-        wanted = ctx.needs_input_grad[0]  # else nobody would take the room back
-        dx_NTW = _dx(ctx.dx_room if wanted else None, ctx.like, beta.device)
+        wanted = ctx.needs_input_grad[0]  # else nobody would take the buffer back
+        dx_NTW = gradient_rows(ctx.dx_buffer if wanted else None, _rows, ctx.like, beta.device)
         tile = _tile(heads)
         programs = min(cdiv(rows * tokens, tile["TOKENS"]), PROGRAMS)
         parts = beta.new_empty(programs, 2, heads) if decay else None
         _gates_backward_kernel[(programs,)](
             log_decay, beta, dlog_decay, dbeta, A_log_H, dx_NTW, parts, rows * tokens, tokens, *dx_NTW.stride()[:2],
-            H=heads, W=width, DECAY=decay, SPARE=next_power_of_2(width), **tile, num_warps=4)
+            H=heads, W=width, DECAY=decay, RANGE=ctx.beta_range, SPARE=next_power_of_2(width), **tile, num_warps=4)
         if not decay:
-            return dx_NTW if wanted else None, None, None, None, None
+            return dx_NTW if wanted else None, None, None, None, None, None
         dA_log, ddt_bias = sum_parts(parts, torch.float32)
-        return dx_NTW if wanted else None, None, dA_log.to(A_log_H.dtype), ddt_bias.to(ctx.bias_dtype), None
+        return dx_NTW if wanted else None, None, dA_log.to(A_log_H.dtype), ddt_bias.to(ctx.bias_dtype), None, None
 
 
 def decay_and_strength_triton(x: Tensor, heads: int, A_log_H: Tensor | None, dt_bias_H: Tensor | None,
-                              dx_room: Room | None = None) -> tuple[Tensor, Tensor]:
-    """Same contract as `decay_and_strength_reference`; dx_room as in `decay_and_strength`."""
+                              beta_range: int = 1, dx_buffer: GradBuffer | None = None) -> tuple[Tensor, Tensor]:
+    """Same contract as `decay_and_strength_reference`; dx_buffer as in `decay_and_strength`."""
     if A_log_H is not None:
         A_log_H, dt_bias_H = A_log_H.contiguous(), dt_bias_H.contiguous()
-    rows = _rows(x if x.stride(-1) == 1 else x.contiguous())
-    log_decay, beta = DecayAndStrength.apply(rows, heads, A_log_H, dt_bias_H, dx_room)
+    rows = _rows(contiguous_columns(x))
+    log_decay, beta = DecayAndStrength.apply(rows, heads, A_log_H, dt_bias_H, beta_range, dx_buffer)
     shape = (*x.shape[:-1], heads)
     return log_decay.view(shape), beta.view(shape)
 
@@ -170,16 +170,6 @@ def decay_and_strength_triton(x: Tensor, heads: int, A_log_H: Tensor | None, dt_
 def _rows(x: Tensor) -> Tensor:
     """[..., W] -> [N, T, W], a copy only if more than two leading axes are not evenly spaced."""
     return x.flatten(0, -3) if x.ndim > 2 else x.reshape(1, -1, x.shape[-1])
-
-
-def _dx(room: Room | None, like_NTW: Tensor, device: torch.device) -> Tensor:
-    """Where dx goes: the caller's memory if the kernel can write there, else our own."""
-    wanted = None if room is None else room()
-    if wanted is not None and wanted.dtype == like_NTW.dtype and wanted.stride(-1) == 1:
-        rows = _rows(wanted)
-        if rows.data_ptr() == wanted.data_ptr():
-            return rows
-    return torch.empty(like_NTW.shape, dtype=like_NTW.dtype, device=device)
 
 
 def _given(gradient: Tensor | None, like: Tensor) -> Tensor:

@@ -13,8 +13,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hola_kernels.backend import choose_backend
+from hola_kernels.checks import check_eps, check_floating
 from hola_kernels.errors import KernelError
 from hola_kernels.norms import compute_dtype
+from hola_kernels.operation import operation
 from hola_kernels.rms_norm.reference import rms_norm_reference
 
 MOST_COLUMNS = 16384  # of the Triton kernels: a row lies in the registers of one program
@@ -24,8 +26,8 @@ def rms_norm_torch(x: Tensor, weight_D: Tensor, eps: float) -> Tensor:
     """Same contract as `rms_norm_reference`, with torch's own function: its bits where x and weight have one dtype."""
     if x.dtype == weight_D.dtype:
         return F.rms_norm(x, weight_D.shape, weight_D, eps)
-    wide = compute_dtype(x)
-    return F.rms_norm(x.to(wide), weight_D.shape, weight_D.to(wide), eps).to(x.dtype)
+    compute = compute_dtype(x)
+    return F.rms_norm(x.to(compute), weight_D.shape, weight_D.to(compute), eps).to(x.dtype)
 
 
 def rms_norm(*, x: Tensor, weight: Tensor, eps: float = 1e-5, backend: str = "auto") -> Tensor:
@@ -37,16 +39,17 @@ def rms_norm(*, x: Tensor, weight: Tensor, eps: float = 1e-5, backend: str = "au
     return rms_norm_with_residual(x=x, weight=weight, eps=eps, backend=backend)[0]
 
 
+@operation
 def rms_norm_with_residual(*, x: Tensor, weight: Tensor, eps: float = 1e-5,
                            backend: str = "auto") -> tuple[Tensor, Tensor]:
     """(`rms_norm` of x, x itself): go on with this x, and one backward kernel adds its gradient to the norm's.
 
     Nothing is copied: the second is x or a view of it, not to be written to. Raises KernelError.
     """
-    if not x.ndim or weight.shape != x.shape[-1:]:
+    check_floating(x=x, weight=weight)
+    check_eps(eps)
+    if not x.ndim or not x.shape[-1] or weight.shape != x.shape[-1:]:
         raise KernelError(f"weight {tuple(weight.shape)} must be [D] with the D of x {tuple(x.shape)}")
-    if not x.is_floating_point() or not weight.is_floating_point():
-        raise KernelError(f"x of {x.dtype} and weight of {weight.dtype} must be floating-point numbers")
     refusal = None
     if x.shape[-1] > MOST_COLUMNS:
         refusal = f"RMS norm takes at most {MOST_COLUMNS} columns, not {x.shape[-1]}"

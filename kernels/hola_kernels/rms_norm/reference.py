@@ -13,6 +13,6 @@ from hola_kernels.norms import compute_dtype
 
 def rms_norm_reference(x: Tensor, weight_D: Tensor, eps: float) -> Tensor:
     """x [..., D] -> y [..., D] in x's dtype."""
-    wide = compute_dtype(x)
-    mean_square = x.to(wide).square().sum(-1, keepdim=True) / x.shape[-1]
-    return (x.to(wide) / torch.sqrt(mean_square + eps) * weight_D.to(wide)).to(x.dtype)
+    compute = compute_dtype(x)
+    mean_square = x.to(compute).square().sum(-1, keepdim=True) / x.shape[-1]
+    return (x.to(compute) / torch.sqrt(mean_square + eps) * weight_D.to(compute)).to(x.dtype)

@@ -1,8 +1,8 @@
 """RMS norm in one pass over memory each way, the residual's gradient added on the way back.
 
 A program owns whole rows, 16 numbers a thread of each array: two 16-byte accesses in 16 bits. In the backward pass it
-walks over several tiles of rows to sum the weight's gradient in registers; the programs' sums are then added up:
-deterministic, and the same on every device, whose number of multiprocessors is not asked. Saved are x, which the
+loops over several tiles of rows to sum the weight's gradient in registers; the programs' sums are then added up:
+deterministic, and the same on every device, whose number of multiprocessors does not matter. Saved are x, which the
 residual keeps as well, and one number a row.
 For 65,536 rows of 1,024 in bf16: forward 0.27 GB, 0.06 ms at 4.3 TB/s; backward 0.54 GB, 0.12 ms (of which the
 residual's gradient is 0.03; a kernel of its own for it would move 0.40 GB, 0.09 ms).
@@ -16,9 +16,10 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from hola_kernels.integers import cdiv, next_power_of_2
+from hola_kernels.integers import cdiv
+from hola_kernels.operation import first_order
+from hola_kernels.triton_rows import contiguous_columns, row_tile
 from hola_kernels.triton_sums import sum_parts
 
 NUMBERS, WARPS = 2048, 4  # of a tile, 128 threads; wider rows have more warps
@@ -87,7 +88,7 @@ class RmsNormWithResidual(torch.autograd.Function):
         return y, x
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx: Any, dy: Tensor | None, dresidual: Tensor | None) -> tuple[Tensor | None, ...]:
         if dy is None:
             return dresidual, None, None
@@ -136,14 +137,12 @@ def _backward(x: Tensor, weight_D: Tensor, scale_M: Tensor, dy: Tensor, dresidua
 
 def _rows(x: Tensor) -> Tensor:
     """[..., D] -> [M, D], a copy only if the leading axes or the columns are not evenly spaced."""
-    rows = x.reshape(-1, x.shape[-1])
-    return rows if rows.stride(1) == 1 else rows.contiguous()
+    return contiguous_columns(x.reshape(-1, x.shape[-1]))
 
 
 def _tile(width: int) -> dict[str, int]:
-    padded = next_power_of_2(width)
-    warps = min(MOST_WARPS, max(WARPS, padded * WARPS // NUMBERS))
-    return {"ROWS": max(1, NUMBERS // padded), "WIDTH": padded, "num_warps": warps}
+    tile = row_tile(width, NUMBERS)
+    return {**tile, "num_warps": min(MOST_WARPS, max(WARPS, tile["WIDTH"] * WARPS // NUMBERS))}
 
 
 def _programs(warps: int) -> int:

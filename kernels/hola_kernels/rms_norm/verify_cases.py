@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from hola_kernels.rms_norm import rms_norm_with_residual
-from hola_kernels.verify import poisoned, relative_error
+from hola_kernels.verify import against_float64, relative_error
 
 LIMITS = {"float32": 1e-6, "bfloat16": 4e-3, "float16": 1e-3}
 EPS = 1e-6
@@ -40,19 +40,18 @@ def measure(*, dtype: torch.dtype, rows: int, width: int, residual: bool, weight
     x = 1 + torch.randn(3, rows, width, device=device)
     x[:, ::7] *= 1e-3
     x[:, 1::7] *= 1e3
-    inputs = [x.to(dtype).requires_grad_(),
-              (1 + torch.randn(width, device=device) / 2).to(weight_dtype or dtype).requires_grad_()]
+    weight = (1 + torch.randn(width, device=device) / 2).to(weight_dtype or dtype)
     gradients = [(1 + torch.randn(3, rows, width, device=device)).to(dtype) for _ in range(1 + residual)]
-    with poisoned():
-        y, *have = _run(inputs, gradients, "triton")
-    expected, *want = _run([value.detach().double().requires_grad_() for value in inputs],
-                           [gradient.double() for gradient in gradients], "torch")
-    return {"y": row_error(y, expected), "d x": row_error(have[0], want[0]),
+    found, expected = against_float64(
+        lambda backend, **given: rms_norm_with_residual(**given, eps=EPS, backend=backend),
+        {"x": x.to(dtype), "weight": weight}, gradients)
+    (y, _, *have), (expected_y, _, *want) = found, expected
+    return {"y": row_error(y, expected_y), "d x": row_error(have[0], want[0]),
             "d weight": relative_error(have[1], want[1])}
 
 
 def row_error(found: Tensor, expected: Tensor) -> float:
-    """`relative_error` with every row counted alike, however large its numbers."""
+    """`relative_error` with every row weighted equally, however large its numbers."""
     scale = expected.detach().double().norm(dim=-1, keepdim=True).clamp_min(1e-30)
     return relative_error(found / scale, expected / scale)
 

@@ -15,17 +15,17 @@ from hola_kernels.norms import compute_dtype
 def short_conv_reference(x_MD: Tensor, weight_DW: Tensor, cu_seqlens: Tensor,
                          tail_NJD: Tensor) -> tuple[Tensor, Tensor]:
     """Same contract as `torch_shifts.short_conv_shifts`."""
-    wide = compute_dtype(x_MD)
-    weight, width = weight_DW.to(wide), weight_DW.shape[1]
+    compute = compute_dtype(x_MD)
+    weight, width = weight_DW.to(compute), weight_DW.shape[1]
     outputs, tails = [], []
     bounds = cu_seqlens.tolist()
     for n, (start, end) in enumerate(zip(bounds[:-1], bounds[1:], strict=True)):
         window = list(tail_NJD[n])
         for t in range(start, end):
             window.append(x_MD[t])
-            total = sum(weight[:, j] * window[len(window) - width + j].to(wide) for j in range(width))
+            total = sum(weight[:, j] * window[len(window) - width + j].to(compute) for j in range(width))
             outputs.append(total * torch.sigmoid(total))
-        kept = window[len(window) - (width - 1):]
-        tails.append(torch.stack(kept) if kept else tail_NJD[n])
+        last = window[len(window) - (width - 1):]
+        tails.append(torch.stack(last) if last else tail_NJD[n])
     y_MD = torch.stack(outputs) if outputs else x_MD
-    return y_MD.to(x_MD.dtype), torch.stack(tails)
+    return y_MD.to(x_MD.dtype), torch.stack(tails) if tails else tail_NJD

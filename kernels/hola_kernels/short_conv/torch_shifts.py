@@ -1,6 +1,6 @@
 """The short convolution as W shifted products, plain PyTorch: runs anywhere, differentiable.
 
-Every document is laid out behind its own tail of W - 1 tokens, so one shift of the whole
+Every document follows its own tail of W - 1 tokens, so one shift of the whole
 row serves all documents and nothing crosses from one to the next.
 """
 
@@ -15,20 +15,20 @@ from hola_kernels.norms import compute_dtype
 
 def short_conv_shifts(x_MD: Tensor, weight_DW: Tensor, cu_seqlens: Tensor, tail_NJD: Tensor) -> tuple[Tensor, Tensor]:
     """Flat tokens in N segments, each with a tail of J = W - 1 tokens -> (y [M, D], tail after [N, J, D]) like x."""
-    wide = compute_dtype(x_MD)
+    compute = compute_dtype(x_MD)
     tokens, width, segments = x_MD.shape[0], weight_DW.shape[1], tail_NJD.shape[0]
     before = width - 1
     device = x_MD.device
     segment = torch.repeat_interleave(torch.arange(segments, device=device), cu_seqlens.diff(), output_size=tokens)
-    place = torch.arange(tokens, device=device) + (segment + 1) * before  # of each token behind the tails
-    laid = torch.cat([tail_NJD.to(x_MD.dtype).flatten(0, 1), x_MD])
-    order = torch.empty(laid.shape[0], dtype=torch.int64, device=device)
-    order[place] = torch.arange(tokens, device=device) + segments * before
-    tail_place = cu_seqlens[:-1, None] + torch.arange(segments, device=device)[:, None] * before
-    order[(tail_place + torch.arange(before, device=device)).flatten()] = torch.arange(segments * before, device=device)
-    laid = laid.index_select(0, order)
-    weight, wide_laid = weight_DW.to(wide), laid.to(wide)
-    total = sum(weight[:, before - j] * wide_laid.index_select(0, place - j) for j in range(width))
+    index = torch.arange(tokens, device=device) + (segment + 1) * before  # of each token after the tails
+    rows = torch.cat([tail_NJD.to(x_MD.dtype).flatten(0, 1), x_MD])
+    order = torch.empty(rows.shape[0], dtype=torch.int64, device=device)
+    order[index] = torch.arange(tokens, device=device) + segments * before
+    tail_index = cu_seqlens[:-1, None] + torch.arange(segments, device=device)[:, None] * before
+    order[(tail_index + torch.arange(before, device=device)).flatten()] = torch.arange(segments * before, device=device)
+    rows = rows.index_select(0, order)
+    weight, compute_rows = weight_DW.to(compute), rows.to(compute)
+    total = sum(weight[:, before - j] * compute_rows.index_select(0, index - j) for j in range(width))
     last = cu_seqlens[1:, None] + torch.arange(segments, device=device)[:, None] * before
     last = last + torch.arange(before, device=device)
-    return F.silu(total).to(x_MD.dtype), laid.index_select(0, last.flatten()).view_as(tail_NJD)
+    return F.silu(total).to(x_MD.dtype), rows.index_select(0, last.flatten()).view_as(tail_NJD)

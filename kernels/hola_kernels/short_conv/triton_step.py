@@ -15,10 +15,12 @@ CHANNELS = 256  # of a program
 @triton.jit
 def _step_kernel(x, weight, tail, y, D, W: tl.constexpr, CHANNELS: tl.constexpr):
     """y = silu of the last W <= 4 inputs of CHANNELS channels of a sequence, whose tail is read whole, then moved."""
-    n, channel = tl.program_id(1), tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
+    blocks = tl.cdiv(D, CHANNELS)  # one axis of programs: a second has room for 65,535 sequences
+    n = (tl.program_id(0) // blocks).to(tl.int64)
+    channel = tl.program_id(0) % blocks * CHANNELS + tl.arange(0, CHANNELS)
     here = channel < D
     now = tl.load(x + n * D + channel, mask=here, other=0.0)
-    before = tail + n.to(tl.int64) * (W - 1) * D + channel
+    before = tail + n * (W - 1) * D + channel
     a = tl.load(before, mask=here & (W > 1), other=0.0)
     b = tl.load(before + D, mask=here & (W > 2), other=0.0)
     c = tl.load(before + 2 * D, mask=here & (W > 3), other=0.0)
@@ -37,7 +39,7 @@ def _step_kernel(x, weight, tail, y, D, W: tl.constexpr, CHANNELS: tl.constexpr)
 
 @triton.jit
 def _rounded(held, x):
-    """A kept input as x has its own."""
+    """A saved input in the layout of x."""
     return held.to(x.dtype.element_ty).to(tl.float32)
 
 
@@ -45,7 +47,7 @@ def short_conv_step_triton(x_ND: Tensor, weight_DW: Tensor, tail_NJD: Tensor) ->
     """y [N, D] in x's dtype; contiguous `tail` [N, W - 1, D] is updated in place."""
     y = torch.empty(x_ND.shape, dtype=x_ND.dtype, device=x_ND.device)
     sequences, channels = x_ND.shape
-    _step_kernel[(cdiv(channels, CHANNELS), sequences)](
+    _step_kernel[(cdiv(channels, CHANNELS) * sequences,)](
         x_ND.contiguous(), weight_DW.contiguous(), tail_NJD, y, channels, W=weight_DW.shape[1], CHANNELS=CHANNELS,
         num_warps=2)
     return y

@@ -1,4 +1,4 @@
-"""The short convolution in one pass over memory each way: a program walks down a strip of tokens.
+"""The short convolution in one pass over memory each way: a program loops down a strip of tokens.
 
 A strip is `size` consecutive tokens of one document and CHANNELS channels, taken four tokens at
 a time so that eight loads are under way at once; the last three inputs, and backward what
@@ -17,16 +17,18 @@ For 32,768 tokens of 3,072 channels in bf16: forward 0.40 GB, 0.094 ms at 4.3 TB
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from hola_kernels.block_table import block_table
 from hola_kernels.integers import cdiv
+from hola_kernels.operation import first_order
+from hola_kernels.triton_block_table import COUNT, FOLLOWING, INDEX, SEGMENT, START, block_entry
+from hola_kernels.triton_rows import GradBuffer, contiguous_columns, gradient_rows
 from hola_kernels.triton_sums import sum_parts
-from hola_kernels.unit_table import unit_table
 
 FORWARD_STRIP, BACKWARD_STRIP = 64, 128
 LONG_BACKWARD_STRIP, ENOUGH_PROGRAMS = 256, 4096  # 7 % faster where that many programs are left: 32 a multiprocessor
@@ -35,10 +37,10 @@ SECTIONS = 3
 
 
 @triton.jit
-def _before(x_ptr, tail_ptr, row, back, ordinal, segment, d, is_channel, D, x_stride, BEFORE: tl.constexpr):
+def _before(x_ptr, tail_ptr, row, back, index, segment, d, is_channel, D, x_stride, BEFORE: tl.constexpr):
     """Input number `back` (1 to 3) before a strip's first token `row`: from the document or from its tail."""
-    inside = tl.load(x_ptr + (row - back).to(tl.int64) * x_stride + d, mask=is_channel & (ordinal > 0), other=0.0)
-    from_tail = is_channel & (ordinal == 0) & (back <= BEFORE)
+    inside = tl.load(x_ptr + (row - back).to(tl.int64) * x_stride + d, mask=is_channel & (index > 0), other=0.0)
+    from_tail = is_channel & (index == 0) & (back <= BEFORE)
     tail = tl.load(tail_ptr + (segment.to(tl.int64) * BEFORE + BEFORE - back) * D + d, mask=from_tail, other=0.0)
     return inside.to(tl.float32) + tail.to(tl.float32)
 
@@ -59,12 +61,21 @@ def _section_of(ptr_0, ptr_1, ptr_2, stride_0, stride_1, stride_2, channel, SECT
     """(pointer, first channel, numbers between rows) of the section that holds `channel`; several lie one after the
     other and have contiguous rows."""
     ptr, first, stride = ptr_0, channel * 0, stride_0
-    if SECTIONS > 1:  # chosen, not branched to: Triton 3.6 forgets behind a branch how pointers are aligned
+    if SECTIONS > 1:  # chosen, not branched to: Triton 3.6 loses the alignment of pointers after a branch
         second, third = channel >= stride_0, channel >= stride_0 + stride_1
         ptr = tl.where(third, ptr_2, tl.where(second, ptr_1, ptr_0))
         first = tl.where(third, stride_0 + stride_1, tl.where(second, stride_0, 0))
         stride = tl.where(third, stride_2, tl.where(second, stride_1, stride_0))
     return ptr, first, stride
+
+
+@triton.jit
+def _three_before(x_ptr, tail_ptr, row, index, segment, d, real, D, x_stride, BEFORE: tl.constexpr):
+    """The inputs one, two and three tokens before `row`."""
+    x1 = _before(x_ptr, tail_ptr, row, 1, index, segment, d, real, D, x_stride, BEFORE)
+    x2 = _before(x_ptr, tail_ptr, row, 2, index, segment, d, real, D, x_stride, BEFORE)
+    x3 = _before(x_ptr, tail_ptr, row, 3, index, segment, d, real, D, x_stride, BEFORE)
+    return x1, x2, x3
 
 
 @triton.jit
@@ -79,8 +90,8 @@ def _store_silu(ptr, at, stride, d, mask, z):
 
 @triton.jit
 def _silu_gradient(dy, z):
-    opened = 1.0 / (1.0 + tl.exp(-z))
-    return dy * opened * (1.0 + z * (1.0 - opened))
+    sigmoid = 1.0 / (1.0 + tl.exp(-z))
+    return dy * sigmoid * (1.0 + z * (1.0 - sigmoid))
 
 
 @triton.jit
@@ -93,21 +104,20 @@ def _forward_kernel(x_ptr, weight_ptr, tail_ptr, strips_ptr, y_ptr_0, y_ptr_1, y
                     y_stride_0, y_stride_1, y_stride_2, BEFORE: tl.constexpr, CHANNELS: tl.constexpr,
                     SECTIONS: tl.constexpr):
     """y [M, D] in its sections. Registers: four inputs and four taps of [CHANNELS]."""
-    strip = tl.program_id(1)
-    row = tl.load(strips_ptr + strip * 5)
-    count = tl.load(strips_ptr + strip * 5 + 1)
-    ordinal = tl.load(strips_ptr + strip * 5 + 2)
-    segment = tl.load(strips_ptr + strip * 5 + 4)
-    d = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
+    blocks = tl.cdiv(D, CHANNELS)  # one axis of programs: a second has room for 65,535, 4.2 million tokens
+    strip, channels = tl.program_id(0) // blocks, tl.program_id(0) % blocks
+    row = block_entry(strips_ptr, strip, START)
+    count = block_entry(strips_ptr, strip, COUNT)
+    index = block_entry(strips_ptr, strip, INDEX)
+    segment = block_entry(strips_ptr, strip, SEGMENT)
+    d = channels * CHANNELS + tl.arange(0, CHANNELS)
     y_ptr, first, y_stride = _section_of(y_ptr_0, y_ptr_1, y_ptr_2, y_stride_0, y_stride_1, y_stride_2,
-                                         tl.program_id(0) * CHANNELS, SECTIONS)
+                                         channels * CHANNELS, SECTIONS)
     own = d - first
     is_channel = d < D
     real = is_channel & (count > 0)
     w0, w1, w2, w3 = _taps(weight_ptr, d, is_channel, BEFORE)
-    x1 = _before(x_ptr, tail_ptr, row, 1, ordinal, segment, d, real, D, x_stride, BEFORE)
-    x2 = _before(x_ptr, tail_ptr, row, 2, ordinal, segment, d, real, D, x_stride, BEFORE)
-    x3 = _before(x_ptr, tail_ptr, row, 3, ordinal, segment, d, real, D, x_stride, BEFORE)
+    x1, x2, x3 = _three_before(x_ptr, tail_ptr, row, index, segment, d, real, D, x_stride, BEFORE)
     for i in tl.range(0, count, 4):
         at = (row + i).to(tl.int64)
         a0 = _load_row(x_ptr, at, x_stride, d, is_channel)
@@ -130,27 +140,26 @@ def _backward_kernel(x_ptr, weight_ptr, tail_ptr, dy_ptr_0, dy_ptr_1, dy_ptr_2, 
     Registers: seven inputs, four dz, three partial dx, four taps and their gradients of [CHANNELS]. With
     tokens i to i + 3 the gradients of inputs i - 3 to i are complete.
     """
-    strip = tl.program_id(1)
-    row = tl.load(strips_ptr + strip * 5)
-    count = tl.load(strips_ptr + strip * 5 + 1)
-    ordinal = tl.load(strips_ptr + strip * 5 + 2)
-    following = tl.load(strips_ptr + strip * 5 + 3)
-    segment = tl.load(strips_ptr + strip * 5 + 4)
+    blocks = tl.cdiv(D, CHANNELS)  # one axis of programs: a second has room for 65,535, 4.2 million tokens
+    strip, channels = tl.program_id(0) // blocks, tl.program_id(0) % blocks
+    row = block_entry(strips_ptr, strip, START)
+    count = block_entry(strips_ptr, strip, COUNT)
+    index = block_entry(strips_ptr, strip, INDEX)
+    following = block_entry(strips_ptr, strip, FOLLOWING)
+    segment = block_entry(strips_ptr, strip, SEGMENT)
     ahead = 0
     if following > 0:  # the next strip of the document, perhaps short
-        ahead = tl.minimum(tl.load(strips_ptr + strip * 5 + 6), 3)
-    d = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
+        ahead = tl.minimum(block_entry(strips_ptr, strip + 1, COUNT), 3)
+    d = channels * CHANNELS + tl.arange(0, CHANNELS)
     dy_ptr, first, dy_stride = _section_of(dy_ptr_0, dy_ptr_1, dy_ptr_2, dy_stride_0, dy_stride_1, dy_stride_2,
-                                           tl.program_id(0) * CHANNELS, SECTIONS)
+                                           channels * CHANNELS, SECTIONS)
     own = d - first
     is_channel = d < D
     real = is_channel & (count > 0)
     w0, w1, w2, w3 = _taps(weight_ptr, d, is_channel, BEFORE)
-    x1 = _before(x_ptr, tail_ptr, row, 1, ordinal, segment, d, real, D, x_stride, BEFORE)
-    x2 = _before(x_ptr, tail_ptr, row, 2, ordinal, segment, d, real, D, x_stride, BEFORE)
-    x3 = _before(x_ptr, tail_ptr, row, 3, ordinal, segment, d, real, D, x_stride, BEFORE)
+    x1, x2, x3 = _three_before(x_ptr, tail_ptr, row, index, segment, d, real, D, x_stride, BEFORE)
     # c1, c2, c3: what earlier groups gave to the gradients of the inputs one, two and three tokens back
-    # (sums, not the dz themselves: Triton 3.7 drops a shift register whose places begin alike)
+    # (sums, not the dz themselves: Triton 3.7 drops a shift register whose first elements are equal)
     zero = tl.zeros((CHANNELS,), tl.float32)
     c1, c2, c3 = zero, zero, zero
     dw0, dw1, dw2, dw3 = zero, zero, zero, zero
@@ -175,7 +184,7 @@ def _backward_kernel(x_ptr, weight_ptr, tail_ptr, dy_ptr_0, dy_ptr_1, dy_ptr_2, 
         _store_row(dx_ptr, at - 2, dx_stride, d, is_channel & (i > 0) & (i - 2 < count), dx2)
         _store_row(dx_ptr, at - 1, dx_stride, d, is_channel & (i > 0) & (i - 1 < count), dx1)
         _store_row(dx_ptr, at, dx_stride, d, is_channel & (i < count), w0 * g0 + w1 * g1 + w2 * g2 + w3 * g3)
-        if (i == 0) & (ordinal == 0):  # before a document's first token: the gradient of its tail
+        if (i == 0) & (index == 0):  # before a document's first token: the gradient of its tail
             tail = segment.to(tl.int64) * BEFORE
             _store_row(dtail_ptr, tail + BEFORE - 3, D, d, is_channel & (BEFORE >= 3), dx3)
             _store_row(dtail_ptr, tail + BEFORE - 2, D, d, is_channel & (BEFORE >= 2), dx2)
@@ -199,57 +208,57 @@ class ShortConv(torch.autograd.Function):
     """(tail after, y of each section) of flat tokens; saves its inputs only."""
 
     @staticmethod
-    def forward(ctx, x_MD, weight_DW, cuts, tail_NJD, dense: bool, return_tail: bool,
-                dx_room: Callable[[], Tensor] | None, widths: tuple[int, ...]):
+    def forward(ctx, x_MD, weight_DW, cu_seqlens, tail_NJD, equal_length: bool, return_tail: bool,
+                dx_buffer: GradBuffer | None, widths: tuple[int, ...]):
         tokens, channels = x_MD.shape
-        strips = unit_table(cuts, tokens, FORWARD_STRIP, dense)
+        strips = block_table(cu_seqlens, tokens, FORWARD_STRIP, equal_length)
         sections = [x_MD.new_empty(tokens, width) for width in widths]
         tile = _channels(widths)
-        _forward_kernel[(cdiv(channels, tile), strips.units)](
-            x_MD, weight_DW, tail_NJD, strips.table, *_three(sections), channels, x_MD.stride(0),
+        _forward_kernel[(cdiv(channels, tile) * strips.count,)](
+            x_MD, weight_DW, tail_NJD, strips.entries, *_three(sections), channels, x_MD.stride(0),
             *_three([y.stride(0) for y in sections]), BEFORE=weight_DW.shape[1] - 1, CHANNELS=tile,
             SECTIONS=len(widths), num_warps=1)
-        ctx.save_for_backward(x_MD, weight_DW, cuts, tail_NJD)
-        ctx.dense, ctx.dx_room, ctx.widths = dense, dx_room, widths
+        ctx.save_for_backward(x_MD, weight_DW, cu_seqlens, tail_NJD)
+        ctx.equal_length, ctx.dx_buffer, ctx.widths = equal_length, dx_buffer, widths
         ctx.set_materialize_grads(False)  # nobody's tail has no gradient, and costs no copy of dx
-        return _tail_after(x_MD, cuts, tail_NJD) if return_tail else None, *sections
+        return _tail_after(x_MD, cu_seqlens, tail_NJD) if return_tail else None, *sections
 
     @staticmethod
+    @first_order
     def backward(ctx, dafter_NJD, *dsections):
-        x_MD, weight_DW, cuts, tail_NJD = ctx.saved_tensors
+        x_MD, weight_DW, cu_seqlens, tail_NJD = ctx.saved_tensors
         (tokens, channels), width = x_MD.shape, weight_DW.shape[1]
         tile = _channels(ctx.widths)
         blocks = cdiv(channels, tile)
         long = tokens // LONG_BACKWARD_STRIP * blocks >= ENOUGH_PROGRAMS
-        strips = unit_table(cuts, tokens, LONG_BACKWARD_STRIP if long else BACKWARD_STRIP, ctx.dense)
+        strips = block_table(cu_seqlens, tokens, LONG_BACKWARD_STRIP if long else BACKWARD_STRIP, ctx.equal_length)
         dys = [x_MD.new_zeros(tokens, n) if dy is None else dy for dy, n in zip(dsections, ctx.widths, strict=True)]
         dys = [dy if dy.stride(1) == 1 and (len(dys) == 1 or dy.is_contiguous()) else dy.contiguous() for dy in dys]
-        dx_MD = _room(ctx.dx_room, x_MD)
+        dx_MD = gradient_rows(ctx.dx_buffer, lambda x: x.reshape(x_MD.shape), x_MD, x_MD.device)
         dtail_NJD = torch.zeros_like(tail_NJD)  # documents without tokens have no strip
-        parts = torch.empty(strips.units, channels, width, dtype=torch.float32, device=x_MD.device)
-        _backward_kernel[(blocks, strips.units)](
-            x_MD, weight_DW, tail_NJD, *_three(dys), strips.table, dx_MD, dtail_NJD, parts, channels, x_MD.stride(0),
+        parts = torch.empty(strips.count, channels, width, dtype=torch.float32, device=x_MD.device)
+        _backward_kernel[(blocks * strips.count,)](
+            x_MD, weight_DW, tail_NJD, *_three(dys), strips.entries, dx_MD, dtail_NJD, parts, channels, x_MD.stride(0),
             *_three([dy.stride(0) for dy in dys]), dx_MD.stride(0), BEFORE=width - 1, CHANNELS=tile,
             SECTIONS=len(dys), num_warps=1)
         dweight_DW = sum_parts(parts, weight_DW.dtype)
         if dafter_NJD is not None and width > 1:
-            source = _source_of_tail(cuts, tail_NJD)
-            laid = torch.cat([dx_MD, dtail_NJD.flatten(0, 1).to(dx_MD.dtype)])
-            laid.index_add_(0, source, dafter_NJD.flatten(0, 1).to(dx_MD.dtype))
-            dx_MD, dtail_NJD = laid[:tokens], laid[tokens:].view_as(dtail_NJD).to(tail_NJD.dtype)
+            source = _source_of_tail(cu_seqlens, tail_NJD)
+            rows = torch.cat([dx_MD, dtail_NJD.flatten(0, 1).to(dx_MD.dtype)])
+            rows.index_add_(0, source, dafter_NJD.flatten(0, 1).to(dx_MD.dtype))
+            dx_MD, dtail_NJD = rows[:tokens], rows[tokens:].view_as(dtail_NJD).to(tail_NJD.dtype)
         return dx_MD, dweight_DW, None, dtail_NJD, None, None, None, None
 
 
 def short_conv_triton(x_MD: Tensor, weight_DW: Tensor, cu_seqlens: Tensor, tail_NJD: Tensor, *,
-                      widths: tuple[int, ...], dense: bool = False, return_tail: bool = True,
-                      dx_room: Callable[[], Tensor] | None = None) -> tuple[tuple[Tensor, ...], Tensor | None]:
-    """(y of each section, tail after); dense: all documents are of one length. Sections as
+                      widths: tuple[int, ...], equal_length: bool = False, return_tail: bool = True,
+                      dx_buffer: GradBuffer | None = None) -> tuple[tuple[Tensor, ...], Tensor | None]:
+    """(y of each section, tail after); equal_length: all documents are of one length. Sections as
     `in_one_launch` takes them."""
     if not x_MD.numel():
         return x_MD.split(widths, 1), tail_NJD
-    x_MD = x_MD if x_MD.stride(1) == 1 else x_MD.contiguous()
-    after, *sections = ShortConv.apply(x_MD, weight_DW.contiguous(), cu_seqlens, tail_NJD.contiguous(), dense,
-                                       return_tail, dx_room, widths)
+    after, *sections = ShortConv.apply(contiguous_columns(x_MD), weight_DW.contiguous(), cu_seqlens,
+                                       tail_NJD.contiguous(), equal_length, return_tail, dx_buffer, widths)
     return tuple(sections), after
 
 
@@ -264,37 +273,24 @@ def _channels(widths: tuple[int, ...]) -> int:
 
 
 def _three(things: list) -> list:
-    """The kernels' three places; what is missing is not looked at."""
+    """The kernels' three arguments; a missing one is not read."""
     return things + [things[0]] * (SECTIONS - len(things))
 
 
-def _room(dx_room: Callable[[], Tensor] | None, x_MD: Tensor) -> Tensor:
-    """Where dx goes: the caller's memory if its tokens' channels lie together, else our own."""
-    room = None if dx_room is None else dx_room()
-    if room is not None and room.dtype == x_MD.dtype:
-        try:
-            room_MD = room.view(x_MD.shape)
-        except RuntimeError:  # tokens of several rows at strides of their own
-            room_MD = None
-        if room_MD is not None and room_MD.stride(1) == 1:
-            return room_MD
-    return torch.empty(x_MD.shape, dtype=x_MD.dtype, device=x_MD.device)
-
-
-def _source_of_tail(cuts: Tensor, tail_NJD: Tensor) -> Tensor:
+def _source_of_tail(cu_seqlens: Tensor, tail_NJD: Tensor) -> Tensor:
     """[N * J] rows of cat([x, tail]) that the tails after the call hold."""
     segments, before = tail_NJD.shape[:2]
-    back = torch.arange(before, 0, -1, device=cuts.device)
-    row = cuts[1:, None] - back
-    length = cuts.diff()[:, None]
-    segment = torch.arange(segments, device=cuts.device)[:, None]
-    in_tail = cuts[-1] + segment * before + (before - back + length)
+    back = torch.arange(before, 0, -1, device=cu_seqlens.device)
+    row = cu_seqlens[1:, None] - back
+    length = cu_seqlens.diff()[:, None]
+    segment = torch.arange(segments, device=cu_seqlens.device)[:, None]
+    in_tail = cu_seqlens[-1] + segment * before + (before - back + length)
     return torch.where(back <= length, row, in_tail).flatten()
 
 
-def _tail_after(x_MD: Tensor, cuts: Tensor, tail_NJD: Tensor) -> Tensor:
+def _tail_after(x_MD: Tensor, cu_seqlens: Tensor, tail_NJD: Tensor) -> Tensor:
     segments, before, channels = tail_NJD.shape
-    source = _source_of_tail(cuts, tail_NJD)
+    source = _source_of_tail(cu_seqlens, tail_NJD)
     tokens = x_MD.shape[0]
     from_x = x_MD[source.clamp(max=tokens - 1)]
     from_tail = tail_NJD.flatten(0, 1)[(source - tokens).clamp(min=0)] if before else from_x

@@ -10,8 +10,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hola_kernels.backend import choose_backend
+from hola_kernels.checks import check_floating
 from hola_kernels.errors import KernelError
 from hola_kernels.norms import compute_dtype
+from hola_kernels.operation import operation
 from hola_kernels.swiglu.reference import swiglu_reference
 
 
@@ -30,12 +32,14 @@ def _swiglu_triton(x_M2F: Tensor) -> Tensor:
 IMPLEMENTATIONS = {"reference": swiglu_reference, "torch": swiglu_chunks, "triton": _swiglu_triton}
 
 
+@operation
 def swiglu(*, x: Tensor, backend: str = "auto") -> Tensor:
     """SiLU(gate) * up, where x [..., 2F] holds the F numbers of gate before the F of up; computed in float32.
 
     Returns y [..., F] in x's dtype (float64 is computed in float64, not by triton). Raises KernelError.
     """
-    if not x.ndim or x.shape[-1] % 2 or not x.is_floating_point():
+    check_floating(x=x)
+    if not x.ndim or x.shape[-1] % 2 or not x.shape[-1]:
         raise KernelError(f"x {tuple(x.shape)} of {x.dtype} must be floating-point numbers [..., 2F]: gate and up")
     refusal = "SwiGLU does not take float64" if x.dtype == torch.float64 else None
     run = IMPLEMENTATIONS[choose_backend(backend, x.device, refusal)]

@@ -16,13 +16,15 @@ import triton.language as tl
 from torch import Tensor
 
 from hola_kernels.integers import cdiv
+from hola_kernels.operation import first_order
+from hola_kernels.triton_rows import contiguous_columns
 
 NUMBERS, WARPS = 2048, 4  # of y in a tile; 128 threads
 WIDTHS = (1024, 512, 256)  # of a tile: a warp reads 512 bytes in a row
 
 
 @triton.jit
-def _place(F: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr):
+def _tile_indices(F: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr):
     """(rows [ROWS, 1] in 64 bits, columns [1, WIDTH]) of this program's tile; columns go first."""
     blocks: tl.constexpr = (F + WIDTH - 1) // WIDTH
     row = (tl.program_id(0) // blocks).to(tl.int64) * ROWS + tl.arange(0, ROWS)
@@ -33,7 +35,7 @@ def _place(F: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr):
 @triton.jit
 def _forward_kernel(x_ptr, y_ptr, total, x_stride, F: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr):
     """y [M, F]; gate and up [ROWS, WIDTH] in registers. F is compiled in: it says how the halves are aligned."""
-    row, column = _place(F, ROWS, WIDTH)
+    row, column = _tile_indices(F, ROWS, WIDTH)
     mask = (row < total) & (column < F)
     at = x_ptr + row * x_stride + column
     gate = tl.load(at, mask=mask, other=0.0).to(tl.float32)
@@ -46,7 +48,7 @@ def _forward_kernel(x_ptr, y_ptr, total, x_stride, F: tl.constexpr, ROWS: tl.con
 def _backward_kernel(x_ptr, dy_ptr, dx_ptr, total, x_stride, dy_stride, F: tl.constexpr, ROWS: tl.constexpr,
                      WIDTH: tl.constexpr):
     """dx [M, 2F]: with s = sigmoid(gate), dgate = dy up s (1 + gate (1 - s)), dup = dy gate s."""
-    row, column = _place(F, ROWS, WIDTH)
+    row, column = _tile_indices(F, ROWS, WIDTH)
     mask = (row < total) & (column < F)
     at = x_ptr + row * x_stride + column
     gate = tl.load(at, mask=mask, other=0.0).to(tl.float32)
@@ -73,9 +75,10 @@ class SwiGLU(torch.autograd.Function):
         return y_MF
 
     @staticmethod
+    @first_order
     def backward(ctx: Any, dy_MF: Tensor) -> Tensor:
         x_M2F, = ctx.saved_tensors
-        dy_MF = _rows(dy_MF)
+        dy_MF = contiguous_columns(dy_MF)
         dx_M2F = torch.empty(x_M2F.shape, dtype=x_M2F.dtype, device=x_M2F.device)
         grid, tile = _launch(*dy_MF.shape)
         _backward_kernel[grid](x_M2F, dy_MF, dx_M2F, dy_MF.shape[0], x_M2F.stride(0), dy_MF.stride(0), **tile)
@@ -84,16 +87,12 @@ class SwiGLU(torch.autograd.Function):
 
 def swiglu_triton(x_M2F: Tensor) -> Tensor:
     """Same contract as `reference.swiglu_reference`."""
-    return SwiGLU.apply(_rows(x_M2F))
+    return SwiGLU.apply(contiguous_columns(x_M2F))
 
 
 def _launch(total: int, width: int) -> tuple[tuple[int], dict[str, int]]:
-    """Grid and tile: as wide as leaves the fewest columns of the last tile empty."""
+    """Grid and tile: of the width that leaves the fewest columns of the last tile empty."""
     columns = min(WIDTHS, key=lambda each: -width % each)
     rows = NUMBERS // columns
     programs = cdiv(total, rows) * cdiv(width, columns)
     return (programs,), {"F": width, "ROWS": rows, "WIDTH": columns, "num_warps": WARPS}
-
-
-def _rows(x: Tensor) -> Tensor:
-    return x if x.stride(1) == 1 else x.contiguous()

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 
 from hola_kernels.swiglu import swiglu
-from hola_kernels.verify import poisoned, relative_error
+from hola_kernels.verify import against_float64, relative_error
 
 LIMITS = {"float32": 1e-6, "bfloat16": 4e-3, "float16": 1e-3}
 END = 999  # rows of the large case that lie beyond what 32 bits count
@@ -30,14 +30,9 @@ def measure(*, dtype: torch.dtype, rows: int, width: int, device: str = "cuda") 
     """Errors of output and gradient; gates as large as 40, where the sigmoid is 0 or 1."""
     x = 3 * torch.randn(3, rows, 2 * width, device=device)
     x[:, ::7] *= 4
-    x = x.to(dtype).requires_grad_()
     dy = torch.randn(3, rows, width, device=device).to(dtype)
-    with poisoned():
-        y = swiglu(x=x, backend="triton")
-        dx, = torch.autograd.grad(y, x, dy)
-    wide = x.detach().double().requires_grad_()
-    expected = swiglu(x=wide, backend="torch")
-    want, = torch.autograd.grad(expected, wide, dy.double())
+    (y, dx), (expected, want) = against_float64(lambda backend, x: (swiglu(x=x, backend=backend),), {"x": x.to(dtype)},
+                                                [dy])
     return {"y": relative_error(y, expected), "d gate": relative_error(dx[..., :width], want[..., :width]),
             "d up": relative_error(dx[..., width:], want[..., width:])}
 

@@ -1,0 +1,1 @@
+"""Failure handling of a run: number guard, watchdog, launcher watch, signals, incidents."""

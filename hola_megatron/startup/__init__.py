@@ -1,0 +1,1 @@
+"""Start-up: read the environment, compare the ranks, build the process groups."""

@@ -1,0 +1,88 @@
+"""The rule read late, against a loop over tokens in float64: outputs, scores, every gradient, packing."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from inputs import gradients, make_inputs, relative_error
+
+from hola_kernels import KernelError, gated_delta_rule
+from hola_kernels.norms import l2_normalize
+from hola_kernels.state_delay import delayed_delta_rule
+
+TOKENS = ("q", "k", "v", "log_decay", "beta")
+BOUNDS = {"one": (0, 70), "ragged": (0, 1, 40, 104, 105, 150), "empty": (0, 0, 32, 32, 65, 97, 97)}
+MODES = pytest.mark.parametrize("mode", ["stream", "chunk"])
+
+
+def late_loop(q, k, v, log_decay, beta, delay, mode, bounds):
+    """o and the score, one token after the other; q, k [M, H, K], v [M, H, V], the rest [M, H]."""
+    q, k, outputs, scores = l2_normalize(q), l2_normalize(k), [], []
+    for start, end in zip(bounds[:-1], bounds[1:], strict=True):
+        states = [torch.zeros(*k.shape[1:], v.shape[-1], dtype=v.dtype)]  # states[n]: after n tokens
+        for t in range(start, end):
+            decayed = log_decay[t].exp()[:, None, None] * states[-1]
+            residual = v[t] - torch.einsum("hkv,hk->hv", decayed, k[t])
+            states.append(decayed + beta[t][:, None, None] * torch.einsum("hk,hv->hkv", k[t], residual))
+            scores.append(beta[t] * residual.norm(dim=-1))
+            position = t - start
+            known = max(position + 1 - delay, 0) if mode == "stream" else position // delay * delay
+            outputs.append(torch.einsum("hkv,hk->hv", states[known], q[t]) * q.shape[-1] ** -0.5)
+    return torch.stack(outputs), torch.stack(scores)
+
+
+def tokens_of(length, batch=1, **options):
+    made = make_inputs(batch, length, key=8, value=12, **options)
+    return {name: made[name] for name in TOKENS}
+
+
+@MODES
+@pytest.mark.parametrize("packing", BOUNDS)
+@pytest.mark.parametrize("delay", [1, 7, 64, 200])
+@pytest.mark.parametrize("backend", ["reference", "torch"])
+def test_float64_matches_the_loop(mode, packing, delay, backend):
+    bounds = BOUNDS[packing]
+    inputs = tokens_of(bounds[-1])
+    want, scores = late_loop(*(x[0] for x in inputs.values()), delay, mode, bounds)
+    given = torch.tensor(bounds, dtype=torch.int32) if packing != "one" else None
+    found, score = delayed_delta_rule(**inputs, delay=delay, mode=mode, cu_seqlens=given, backend=backend)
+    assert relative_error(found[0], want) < 1e-9 and relative_error(score[0], scores) < 1e-9
+    if delay < bounds[-1]:
+        have, expected = gradients(found, inputs), gradients(want[None], inputs)
+        for name, gradient in expected.items():
+            assert (have[name] - gradient).norm() <= 1e-9 * gradient.norm(), name
+
+
+@MODES
+def test_rows_are_documents(mode):
+    inputs = tokens_of(50, batch=2)
+    both, _ = delayed_delta_rule(**inputs, delay=16, mode=mode)
+    for row in range(2):
+        alone, _ = delayed_delta_rule(**{n: x[row: row + 1] for n, x in inputs.items()}, delay=16, mode=mode)
+        assert relative_error(both[row], alone[0]) < 1e-12
+
+
+@MODES
+def test_nothing_leaks_between_documents(mode):
+    """The last tokens of a document lie within the delay of the next one's first."""
+    inputs = {name: x.detach() for name, x in tokens_of(60).items()}
+    bounds = torch.tensor([0, 25, 60])
+    before, _ = delayed_delta_rule(**inputs, delay=20, mode=mode, cu_seqlens=bounds)
+    for name in ("k", "v", "q"):
+        inputs[name][:, :25] += 3.0
+    after, _ = delayed_delta_rule(**inputs, delay=20, mode=mode, cu_seqlens=bounds)
+    assert torch.equal(before[:, 25:], after[:, 25:]) and not torch.equal(before[:, :25], after[:, :25])
+    assert not after[:, 25:44].any()  # nothing has been written that these may read
+
+
+def test_no_delay_is_the_rule():
+    inputs = tokens_of(40)
+    assert torch.equal(delayed_delta_rule(**inputs, delay=0)[0], gated_delta_rule(**inputs)[0])
+
+
+def test_wrong_arguments_are_named():
+    inputs = tokens_of(4)
+    with pytest.raises(KernelError, match="delay = -1 must be a whole number"):
+        delayed_delta_rule(**inputs, delay=-1)
+    with pytest.raises(KernelError, match="mode: 'later' is not one of stream, chunk"):
+        delayed_delta_rule(**inputs, delay=1, mode="later")
