@@ -98,7 +98,7 @@ def start_state_exchange(*, q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, 
     options: of a layer with an exact cache, None without one. The operations below take the result as
     `maps`, with the same tokens; without it they start the exchange themselves and wait.
     """
-    if options is not None and is_fused(backend, options, q, k, v):
+    if options is not None and is_fused(backend, options, q, k, v, over_ranks=True):
         from hola_megatron.parallel import fused_layer  # imported here: Triton may not be installed
 
         return fused_layer.start(q, k, v, log_decay, beta, cp.shard, cp.group)

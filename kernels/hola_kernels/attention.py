@@ -25,7 +25,7 @@ from hola_kernels.checks import (
     segments_of,
 )
 from hola_kernels.errors import KernelError
-from hola_kernels.exact_cache import exact_read, exact_read_only, fused_refusal
+from hola_kernels.exact_cache import block_refusal, exact_read, exact_read_only, fused_refusal
 from hola_kernels.exact_cache.read_configs import read_refusal
 from hola_kernels.gated_delta import gated_delta_rule, triton_refusal
 from hola_kernels.gated_delta.residual import gated_delta_residual
@@ -105,11 +105,14 @@ def hola_attention(*, q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, beta: 
     return (o, replace(after, state=final_state)) if return_state else o
 
 
-def is_fused(backend: str, options: CacheOptions, q: Tensor, k: Tensor, v: Tensor) -> bool:
-    """Whether the whole operation runs as one Triton function: both parts would run on Triton anyway."""
+def is_fused(backend: str, options: CacheOptions, q: Tensor, k: Tensor, v: Tensor, *, over_ranks: bool = False) -> bool:
+    """Whether the whole operation runs as one Triton function: both parts would run on Triton anyway.
+
+    over_ranks: over context ranks, where fewer options have one.
+    """
     if options.score not in (*STATE_SCORES, *POSITION_SCORES) or not v.numel():
         return False
-    if fused_refusal(options):
+    if block_refusal(options) if over_ranks else fused_refusal(options):
         return False
     return choose_backend(backend, q.device, triton_refusal(q, k, v) or read_refusal(k, v)) == "triton"
 
@@ -125,7 +128,7 @@ def _fused(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, beta: Tensor, gam
     if not equal_length and max_seqlen is None:
         host_cu_seqlens = documents.host()
     rank = None
-    if options.score in POSITION_SCORES:
+    if options.score in POSITION_SCORES and options.slots:
         rank = rank_tokens(options.score, beta.float(), v, beta, device_cu_seqlens,
                            torch.zeros_like(device_cu_seqlens[1:])).flatten(0, 1).contiguous()
     o = hola_attention_triton(

@@ -14,7 +14,7 @@ from torch import Tensor
 from hola_kernels.attention import check_route, rank_token
 from hola_kernels.backend import choose_backend
 from hola_kernels.checks import check_is_memory, check_memory, check_read_parameters, check_step, check_writable
-from hola_kernels.exact_cache import fused_refusal
+from hola_kernels.exact_cache import block_refusal
 from hola_kernels.gated_delta.residual import gated_delta_residual
 from hola_kernels.gated_delta.step import gated_delta_step, step_refusal
 from hola_kernels.merge import check_gate, merge_outputs
@@ -47,7 +47,7 @@ def hola_attention_step(*, q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, b
     check_gate(gate, v, merge)
     check_positions(q, options)
     check_route(route, q.shape[:2], options)
-    refusal = step_refusal(q, k, v) or fused_refusal(options) or _state_refusal(state)
+    refusal = step_refusal(q, k, v) or block_refusal(options) or _state_refusal(state)
     if score == "cosine":
         refusal = refusal or "the score cosine of one token is computed by torch"
     name = choose_backend(backend, q.device, refusal)

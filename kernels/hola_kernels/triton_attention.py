@@ -54,12 +54,13 @@ class _HolaAttention(torch.autograd.Function):
         key_norm = k.new_empty(k.shape[:2], dtype=torch.float32)
         o_state, square, _, saved = rule_forward(q, k, v, log_decay, beta, None, layout,
                                                 train=train, read_norm=ReadNorm(key_norm, mean))
-        rank = rank_scores(score, square, v, beta) if rank is None else rank
+        if rank is None:
+            rank = rank_scores(score, square, v, beta) if blocks.slots else key_norm  # without slots it ranks nothing
         slots_UHw = select_slots(score_MH=rank, plan=blocks.plan, slots=blocks.slots)
         y, o_cache, lse, query_norm = launch_read_forward(
             q_MHK=q, k_RHK=k, v_RHV=v, key_norm_RH=key_norm, gamma_q=gamma_q, gamma_k=gamma_k, sink_H=sink,
             gate_H=gate, o_state_MHV=o_state, slots_UHw=slots_UHw, table=blocks.table, mean=mean, incoming=False,
-            tile=read_config(k.shape[-1], v.shape[-1], k.dtype).forward)
+            tile=read_config(k.shape[-1], v.shape[-1], k.dtype).forward, window=blocks.window)
         ctx.save_for_backward(q, k, v, log_decay, beta, gamma_q, gamma_k, gate, sink, key_norm, o_cache, lse,
                               query_norm, slots_UHw, *saved)
         ctx.layout, ctx.blocks, ctx.mean = layout, blocks, mean

@@ -42,6 +42,12 @@ KINDS: dict[str, dict[str, Any]] = {
     "long": {"length": 6000, "heads": 1, "split": True},
     "bounded": {"cu_seqlens": (*PACKED, PACKED[-1], PACKED[-1]), "bounded": True},
     "lengths": {"rows": 3, "length": (1, 63, 64, 65, 255, 256, 257, 500, 1000)},
+    "window": {"cu_seqlens": PACKED, "local": "window", "window": 256},
+    "far window": {"rows": 2, "length": 900, "local": "window", "window": 320, "score": "recency"},
+    "no slots": {"cu_seqlens": PACKED, "slots": 0},
+    "window, no slots": {"cu_seqlens": (*PACKED, PACKED[-1]), "bounded": True, "local": "window", "window": 193,
+                         "slots": 0},
+    "itself": {"cu_seqlens": PACKED, "local": "none", "read_norm": "l2"},
     "long bounded": {"cu_seqlens": (0, 40, 2990, 3000, 3000), "heads": 1, "split": True, "bounded": True},
 }
 CHOSEN = [*((word, *widths, "packed") for word in DTYPES for widths in WIDTHS),
@@ -49,6 +55,9 @@ CHOSEN = [*((word, *widths, "packed") for word in DTYPES for widths in WIDTHS),
           ("bfloat16", 128, 128, "betav"), ("bfloat16", 128, 128, "long"), ("bfloat16", 256, 256, "long"),
           *(("bfloat16", width, width, "bounded") for width in (64, 128, 256)), ("float32", 64, 64, "bounded"),
           *((word, width, width, "lengths") for word in DTYPES for width in (64, 128, 256)),
+          *(("bfloat16", width, width, kind) for width in (64, 128, 256)
+            for kind in ("window", "far window", "no slots", "window, no slots", "itself")),
+          *(("float32", 128, 128, kind) for kind in ("window", "window, no slots")), ("float16", 256, 256, "window"),
           ("bfloat16", 128, 128, "long bounded"), ("float16", 64, 64, "long"), ("float32", 128, 128, "long")]
 
 
@@ -88,8 +97,8 @@ def limit(name: str, output: str) -> float:
 
 def measure(*, dtype: torch.dtype, key: int, value: int, cu_seqlens: tuple[int, ...] | None = None, rows: int = 1,
             length: int = 0, heads: int = 2, block: int = 256, slots: int = 64, score: str = "betae",
-            read_norm: str = "rms", sink: bool = True, split: bool = False, bounded: bool = False, device: str = "cuda",
-            seed: int = 0) -> dict[str, float]:
+            read_norm: str = "rms", local: str = "block", window: int | None = None, sink: bool = True,
+            split: bool = False, bounded: bool = False, device: str = "cuda", seed: int = 0) -> dict[str, float]:
     """Errors of o, of what the cache ranks by, of its choice and of every gradient, new tensors poisoned.
 
     Documents cut at `cu_seqlens`, or `rows` of `length` tokens. bounded: cu_seqlens is on the device. split: sequences
@@ -100,7 +109,7 @@ def measure(*, dtype: torch.dtype, key: int, value: int, cu_seqlens: tuple[int, 
     if not sink:
         inputs["sink"] = None
     exact_inputs = {n: None if x is None else x.detach().double().requires_grad_() for n, x in inputs.items()}
-    cache = {"block": block, "slots": slots, "read_norm": read_norm,
+    cache = {"block": block, "slots": slots, "read_norm": read_norm, "local": local, "window": window,
              "cu_seqlens": torch.tensor(cu_seqlens) if cu_seqlens else None}
     given = {**inputs, **cache, "score": score, "backend": "triton"}
     if bounded:
@@ -116,8 +125,9 @@ def measure(*, dtype: torch.dtype, key: int, value: int, cu_seqlens: tuple[int, 
     with poisoned():
         found = _gradients(y, inputs, dy)
     wanted = _gradients(expected, exact_inputs, dy)
-    errors = {"o": relative_error(y, expected), "o without gradients": relative_error(alone, expected),
-              "score": relative_error(rank, exact_rank), "slots": misplaced(seen["slots_UHw"], exact_rank, cache)}
+    errors = {"o": relative_error(y, expected), "o without gradients": relative_error(alone, expected)}
+    if slots:
+        errors |= {"score": relative_error(rank, exact_rank), "slots": misplaced(seen["slots_UHw"], exact_rank, cache)}
     errors |= {f"d {n}": relative_error(found[n], wanted[n]) for n in wanted}
     return errors | ({"whole": float(seen["layout"].most_spans == 1)} if split else {})
 

@@ -145,10 +145,10 @@ def test_states_are_kept_where_the_kernels_keep_them():
 
 @pytest.mark.parametrize("changes", [
     {}, {"slots": 0}, {"read_norm": "none"}, {"local": "none"}, {"local": "window", "window": 1},
-    {"local": "window", "window": 257}, {"local": "window", "window": 258, "slots": 0}], ids=str)
+    {"local": "window", "window": 257}, {"local": "window", "window": 9, "block": 100}, {"merge": "two"}, {"local": "window", "window": 258, "slots": 0}], ids=str)
 def test_windows_of_recipes_are_those_of_the_kernels(changes):
     """A planner's recipe check and its costs restate four rules of hola_kernels, which it must not import."""
-    from hola_kernels.exact_cache import fused_refusal
+    from hola_kernels.exact_cache import block_refusal, fused_refusal
     from hola_kernels.exact_cache.read_configs import WINDOW_COLUMNS
     from hola_megatron.layers import hola
     from hola_megatron.layers.hola import costs
@@ -160,6 +160,7 @@ def test_windows_of_recipes_are_those_of_the_kernels(changes):
     assert costs.reach(model.cache) == options.reach
     assert costs.window_blocks(model.cache) == options.window_blocks
     assert hola.is_fused(model.cache) == (fused_refusal(options) is None)
+    assert hola.is_fused_over_ranks(model.cache) == (block_refusal(options) is None)
     assert hola.WINDOW_COLUMNS == WINDOW_COLUMNS
 
 

@@ -72,7 +72,8 @@ class Hola(GatedDeltaNet):
     def saved(self, share: Share) -> list[Term]:
         terms = [*state_costs.saved(share, self), *costs.read_saved(share, self)]
         cache = share.recipe.model.cache
-        if not is_fused(cache) or cache.score not in (*STATE_SCORES, *POSITION_SCORES):
+        fused = is_fused_over_ranks(cache) if share.recipe.parallel.context > 1 else is_fused(cache)
+        if not fused or cache.score not in (*STATE_SCORES, *POSITION_SCORES):
             terms += costs.saved_unfused(share, self)
         if share.recipe.parallel.context > 1:
             terms += [*state_costs.saved_over_ranks(share, self), *costs.read_saved_over_ranks(share, self)]
@@ -94,8 +95,8 @@ class Hola(GatedDeltaNet):
             yield (f"model.cache.score: {recipe.model.cache.score} is not possible with train.cuda_graph; set it to "
                    "betae, e or betav, or train.cuda_graph to false")
         if not is_fused(recipe.model.cache):
-            yield ("model.cache: local other than block, slots of 0, read_norm none, rope_theta and merge other than "
-                   "add are not possible with train.cuda_graph; change them, or set train.cuda_graph to false")
+            yield ("model.cache: read_norm none, rope_theta and merge other than add are not possible with "
+                   "train.cuda_graph; change them, or set train.cuda_graph to false")
 
     def least_tokens(self, model: ModelConfig) -> int:
         """A cache block, and what a window reaches before it, spans two ranks at most."""
@@ -156,8 +157,13 @@ class Hola(GatedDeltaNet):
 
 def is_fused(cache: CacheConfig) -> bool:
     """Whether state and cache attention have one fused operation; otherwise their two operations run one by one."""
-    return (cache.local == "block" and cache.slots > 0 and cache.read_norm != "none" and cache.merge == "add"
-            and cache.rope_theta is None)
+    return (cache.read_norm != "none" and cache.merge == "add" and cache.rope_theta is None
+            and (costs.reach(cache) is None or cache.block % WINDOW_COLUMNS == 0))
+
+
+def is_fused_over_ranks(cache: CacheConfig) -> bool:
+    """The same over context ranks."""
+    return is_fused(cache) and cache.local == "block" and cache.slots > 0
 
 
 def read_gate(shape: tuple[int, ...], generator: torch.Generator, model: ModelConfig) -> torch.Tensor:

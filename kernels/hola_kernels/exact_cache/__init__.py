@@ -176,9 +176,15 @@ def options_refusal(options: CacheOptions) -> str | None:
 
 
 def fused_refusal(options: CacheOptions) -> str | None:
-    """Why the fused operation and the decoding step do not take these options, or None."""
-    if (options.local != "block" or not options.slots or options.read_norm == "none" or options.merge != "add"
-            or options.rope_theta is not None):
+    """Why the fused operation of one rank does not take these options, or None."""
+    if options.read_norm == "none" or options.merge != "add" or options.rope_theta is not None:
+        return "the fused operation takes read_norm 'rms' or 'l2', merge 'add' and no rope_theta"
+    return options_refusal(options)
+
+
+def block_refusal(options: CacheOptions) -> str | None:
+    """Why the decoding step and the fused operation over context ranks do not take these options, or None."""
+    if options.local != "block" or not options.slots or fused_refusal(options):
         return "local 'block', read_norm 'rms' or 'l2', merge 'add', no rope_theta and at least one slot"
     return None
 
