@@ -105,7 +105,8 @@ def hola_attention(*, q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, beta: 
     return (o, replace(after, state=final_state)) if return_state else o
 
 
-def is_fused(backend: str, options: CacheOptions, q: Tensor, k: Tensor, v: Tensor, *, over_ranks: bool = False) -> bool:
+def is_fused(backend: str, options: CacheOptions, q: Tensor, k: Tensor, v: Tensor, *,
+             over_ranks: bool = False) -> bool:
     """Whether the whole operation runs as one Triton function: both parts would run on Triton anyway.
 
     over_ranks: over context ranks, where fewer options have one.
