@@ -145,7 +145,8 @@ def test_states_are_kept_where_the_kernels_keep_them():
 
 @pytest.mark.parametrize("changes", [
     {}, {"slots": 0}, {"read_norm": "none"}, {"local": "none"}, {"local": "window", "window": 1},
-    {"local": "window", "window": 257}, {"local": "window", "window": 9, "block": 100}, {"merge": "two"}, {"local": "window", "window": 258, "slots": 0}], ids=str)
+    {"local": "window", "window": 257}, {"local": "window", "window": 9, "block": 100}, {"merge": "two"},
+    {"local": "window", "window": 258, "slots": 0}], ids=str)
 def test_windows_of_recipes_are_those_of_the_kernels(changes):
     """A planner's recipe check and its costs restate four rules of hola_kernels, which it must not import."""
     from hola_kernels.exact_cache import block_refusal, fused_refusal
