@@ -30,6 +30,7 @@ from hola_kernels.exact_cache.read_configs import read_refusal
 from hola_kernels.gated_delta import gated_delta_rule, triton_refusal
 from hola_kernels.gated_delta.residual import gated_delta_residual
 from hola_kernels.kept_attention.controller import cosine_score
+from hola_kernels.memo import memoise
 from hola_kernels.merge import check_gate, merge_outputs
 from hola_kernels.norms import compute_dtype
 from hola_kernels.operation import operation
@@ -130,8 +131,10 @@ def _fused(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, beta: Tensor, gam
         host_cu_seqlens = documents.host()
     rank = None
     if options.score in POSITION_SCORES and options.slots:
-        rank = rank_tokens(options.score, beta.float(), v, beta, device_cu_seqlens,
-                           torch.zeros_like(device_cu_seqlens[1:])).flatten(0, 1).contiguous()
+        # of the documents alone: made once for all layers
+        rank = memoise(device_cu_seqlens, (options.score, *beta.shape), lambda: rank_tokens(
+            options.score, beta.detach().float(), v, beta, device_cu_seqlens,
+            torch.zeros_like(device_cu_seqlens[1:])).flatten(0, 1).contiguous())
     o = hola_attention_triton(
         q_MHK=q.flatten(0, 1), k_MHK=k.flatten(0, 1), v_MHV=v.flatten(0, 1), log_decay_MH=log_decay.flatten(0, 1),
         beta_MH=beta.flatten(0, 1), gamma_q=gamma_q, gamma_k=gamma_k, gate_H=gate, sink_H=sink, options=options,
