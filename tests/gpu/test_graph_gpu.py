@@ -97,6 +97,8 @@ CASES = {"packed": {}, "joined": JOINED | ONE, "recomputed": {"train": {"recompu
          "local": {"model": {"layer_spec": "local"}}, "fp32": {"train": {"precision": "fp32"}},
          "local, recomputed": {"model": {"layer_spec": "local"}, "train": {"recompute": "full"}},
          "logits in pieces": {"train": {"logits_budget_gb": 0.001}},
+         "a window": {"model": {"cache": {"block": 256, "slots": 64, "local": "window", "window": 300}}},
+         "no slots": {"model": {"cache": {"block": 256, "slots": 0}}},
          "muon": {"train": {"optimizer": "muon"}, "parallel": {"distributed_optimizer": False}}}
 
 
