@@ -22,7 +22,8 @@ class HolaConfig(PretrainedConfig):
     rule, beta_range: what their state does, "gdn" (it decays) or "delta" (it does not: DeltaNet); what the sigmoid of
         the write strength is multiplied by, 1 or 2. decay: an earlier name, True for "gdn" and False for "delta".
     delta_steps: writes a token of deltaproduct layers.
-    state_delay, state_delay_mode: how late gdn layers read their state, in tokens, and how ("stream", "chunk").
+    state_delay, state_delay_mode: how late hola and gdn layers read their state, in tokens, and how ("stream", or
+        "chunk": gdn layers alone).
     num_attention_heads, num_key_value_heads, attention_qk_norm, rope_theta: of attention and swa layers: query heads,
         key and value heads (None: as many), whether queries and keys are normed, rotary base (None for no positions).
     attention_window: tokens that a token of swa layers sees, itself included.

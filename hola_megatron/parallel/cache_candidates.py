@@ -80,7 +80,10 @@ def open_tokens(shard: SequenceShard, options: CacheOptions) -> int:
 
 
 def check_shard(shard: SequenceShard, options: CacheOptions) -> None:
-    """KernelError where a block, or what a sliding window reaches, could span more than two ranks."""
+    """KernelError where a block, or what a sliding window reaches, could span more than two ranks, or a state is late.
+    """
+    if options.state_delay:
+        raise KernelError(f"state_delay = {options.state_delay} is not possible over context ranks; set it to 0")
     least = least_tokens(options)
     if shard.tokens < least:
         what = f"a cache block of {options.block}"

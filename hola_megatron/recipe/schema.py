@@ -111,9 +111,10 @@ class ModelConfig:
         "write strength: beta = beta_range x sigmoid; 2 allows negative eigenvalues"))
     delta_steps: int = Field(2, ge=1, description="deltaproduct layers: writes of the delta rule a token")
     state_delay: int = Field(0, ge=0, description=(
-        "G layers: a token reads the state that is so many tokens old; 0: its own; without context ranks"))
+        "H and G layers: a token reads the state that is so many tokens old; 0: its own; without context ranks"))
     state_delay_mode: Literal["stream", "chunk"] = Field("stream", description=(
-        "stream: the state of state_delay tokens ago; chunk: that before the token's chunk of state_delay tokens"))
+        "stream: the state of state_delay tokens ago; chunk (G layers): that before the token's chunk of state_delay "
+        "tokens"))
     attention_heads: int = Field(16, ge=1, description="heads of A and W layers")
     attention_kv_heads: int | None = Field(None, ge=1, description=(
         "key and value heads of A and W layers, each for as many query heads (grouped queries); null: attention_heads"))

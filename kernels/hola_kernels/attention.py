@@ -10,6 +10,7 @@ Source: arXiv 2607.02303.
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -18,7 +19,7 @@ from torch import Tensor
 from hola_kernels.backend import choose_backend
 from hola_kernels.checks import (
     check_floating,
-    check_memory,
+    check_layer_memory,
     check_read_parameters,
     check_tokens,
     per_value_head,
@@ -39,6 +40,8 @@ from hola_kernels.packed import PackedDocuments, check_max_seqlen, documents_of
 from hola_kernels.positions import check_positions, token_positions, with_positions
 from hola_kernels.segments import rows_as_segments
 from hola_kernels.state import HolaState
+from hola_kernels.state_delay import shifted
+from hola_kernels.state_delay_memory import delayed_delta_onward
 
 
 @operation
@@ -46,10 +49,11 @@ def hola_attention(*, q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, beta: 
                    gamma_k: Tensor, gate: Tensor, sink: Tensor | None, block: int = CacheOptions.block,
                    slots: int = CacheOptions.slots, score: str = CacheOptions.score,
                    read_norm: str = CacheOptions.read_norm, local: str = CacheOptions.local, window: int | None = None,
-                   rope_theta: float | None = None, merge: str = CacheOptions.merge, route: Tensor | None = None,
-                   cu_seqlens: Tensor | PackedDocuments | None = None,
-                   max_seqlen: int | None = None, state: HolaState | None = None, scale: float | None = None,
-                   return_state: bool = False, backend: str = "auto") -> Tensor | tuple[Tensor, HolaState]:
+                   rope_theta: float | None = None, merge: str = CacheOptions.merge,
+                   state_delay: int = CacheOptions.state_delay, route: Tensor | None = None,
+                   cu_seqlens: Tensor | PackedDocuments | None = None, max_seqlen: int | None = None,
+                   state: HolaState | None = None, scale: float | None = None, return_state: bool = False,
+                   backend: str = "auto") -> Tensor | tuple[Tensor, HolaState]:
     """The HOLA token mixer after the projections, before the output norm.
 
     q, k [B, T, H, K], v [B, T, H, V]: after convolution and SiLU, not normalised (both norms happen here). q and k may
@@ -65,15 +69,16 @@ def hola_attention(*, q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, beta: 
     state: the memory of N sequences (N = B without cu_seqlens).
     max_seqlen: no document is longer. With it the Triton backend makes its tables on the GPU, where cu_seqlens is, as
     long as the shapes can ask for. A CUDA graph of the call, recorded within `recording` after a call like it, then
-    serves any cu_seqlens of N documents, the last of which may be empty (not with state, return_state, or the scores
-    recency and random, which look at the memory's or the tokens' numbers). A value too low costs speed, nothing else.
-    block, slots, score, read_norm, local, window, rope_theta, merge: as in `CacheOptions`. Rotary positions need
-    an even K; a state holds the keys of the read, normalised and rotated then.
+    serves any cu_seqlens of N documents, the last of which may be empty (not with state, return_state, state_delay, or
+    the scores recency and random, which look at the memory's or the tokens' numbers). A value too low costs speed,
+    nothing else.
+    block, slots, score, read_norm, local, window, rope_theta, merge, state_delay: as in `CacheOptions`. Rotary
+    positions need an even K; a state holds the keys of the read, normalised and rotated then.
 
     Returns o [B, T, H, V] in v's dtype, and with return_state the memory after the last token.
     Raises KernelError naming the argument that does not fit.
     """
-    options = CacheOptions(block, slots, score, read_norm, local, window, rope_theta, merge)
+    options = CacheOptions(block, slots, score, read_norm, local, window, rope_theta, merge, state_delay)
     q, k = per_value_head(q, k, v)
     check_tokens(q, k, v, log_decay=log_decay, beta=beta)
     check_read_parameters(q, gamma_q, gamma_k, sink)
@@ -87,10 +92,10 @@ def hola_attention(*, q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, beta: 
         return _fused(q, k, v, log_decay, beta, gamma_q, gamma_k, gate, sink, options, documents, device_cu_seqlens,
                       max_seqlen)
     sequences = device_cu_seqlens.numel() - 1
-    memory = check_memory(state, sequences, k, v, options) if return_state or state is not None else None
-    o_state, written, final_state = gated_delta_rule(
-        q=q, k=k, v=v, log_decay=log_decay, beta=beta, cu_seqlens=documents, max_seqlen=max_seqlen,
-        initial_state=None if memory is None else memory.state, scale=scale, backend=backend)
+    memory = check_layer_memory(state, sequences, k, v, options) if return_state or state is not None else None
+    o_state, written, after_state = _read_state(
+        {"q": q, "k": k, "v": v, "log_decay": log_decay, "beta": beta}, memory, state_delay, device_cu_seqlens,
+        cu_seqlens=documents, scale=scale, backend=backend, max_seqlen=max_seqlen)
     length = device_cu_seqlens.new_zeros(sequences) if memory is None else memory.length
     residual = None
     if score == "cosine":
@@ -103,7 +108,24 @@ def hola_attention(*, q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, beta: 
         return merge_outputs(o_state, exact_read_only(**read), gate, merge)
     o_cache, after = exact_read(**read, memory=memory)
     o = merge_outputs(o_state, o_cache, gate, merge)
-    return (o, replace(after, state=final_state)) if return_state else o
+    return (o, replace(after, **after_state, rope_theta=rope_theta)) if return_state else o
+
+
+def _read_state(tokens: dict[str, Tensor], memory: HolaState | None, delay: int, bounds: Tensor, *,
+                max_seqlen: int | None, **how: Any) -> tuple[Tensor, Tensor, dict[str, Any]]:
+    """o_state [B, T, H, V], beta * |residual| [B, T, H], and what the memory holds afterwards, by name.
+
+    With a delay only the outputs are late. From a memory the rule runs twice: the delayed state is a second one.
+    """
+    if memory is None:
+        moved = tokens | ({"q": shifted(tokens["q"], bounds, -delay)} if delay else {})
+        o, written, _ = gated_delta_rule(**moved, **how, max_seqlen=max_seqlen)
+        return shifted(o, bounds, delay) if delay else o, written, {}
+    o, written, state = gated_delta_rule(**tokens, **how, max_seqlen=max_seqlen, initial_state=memory.state)
+    late = None
+    if delay:
+        o, late = delayed_delta_onward(**tokens, **how, memory=memory.late, delay=delay, mode="stream")
+    return o, written, {"state": state, "late": late}
 
 
 def is_fused(backend: str, options: CacheOptions, q: Tensor, k: Tensor, v: Tensor, *,

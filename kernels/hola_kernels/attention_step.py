@@ -13,7 +13,7 @@ from torch import Tensor
 
 from hola_kernels.attention import check_route, rank_token
 from hola_kernels.backend import choose_backend
-from hola_kernels.checks import check_is_memory, check_memory, check_read_parameters, check_step, check_writable
+from hola_kernels.checks import check_is_memory, check_layer_memory, check_read_parameters, check_step, check_writable
 from hola_kernels.exact_cache import block_refusal
 from hola_kernels.gated_delta.residual import gated_delta_residual
 from hola_kernels.gated_delta.step import gated_delta_step, step_refusal
@@ -23,6 +23,7 @@ from hola_kernels.operation import operation
 from hola_kernels.options import CacheOptions
 from hola_kernels.positions import check_positions, read_tokens
 from hola_kernels.state import HolaState, merged_tokens
+from hola_kernels.state_delay_memory import delayed_delta_step
 
 
 @operation
@@ -39,9 +40,10 @@ def hola_attention_step(*, q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, b
     [N, H, 2] with "two"; the rest as in hola_attention. Returns o [N, H, V] in v's dtype. Raises KernelError.
     """
     check_is_memory(state)
-    options = CacheOptions(state.block, state.slots, score, read_norm, local, window, rope_theta, merge)
+    options = CacheOptions(state.block, state.slots, score, read_norm, local, window, rope_theta, merge,
+                           state.state_delay)
     check_step(q, k, v, log_decay, beta, state.state)
-    check_memory(state, q.shape[0], k, v, options)
+    check_layer_memory(state, q.shape[0], k, v, options)
     check_writable(**{f"state.{name}": held for name, held in state.tensors().items()})
     check_read_parameters(q, gamma_q, gamma_k, sink)
     check_gate(gate, v, merge)
@@ -77,7 +79,11 @@ def _step_torch(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, beta: Tensor
     if options.score == "cosine":
         residual = gated_delta_residual(k=k[:, None], v=v[:, None], log_decay=log_decay[:, None], beta=beta[:, None],
                                         initial_state=state.state, backend="torch")[:, 0]
-    o_state, written = gated_delta_step(q=q, k=k, v=v, log_decay=log_decay, beta=beta, state=state.state)
+    token = {"q": q, "k": k, "v": v, "log_decay": log_decay, "beta": beta}
+    o_state, written = gated_delta_step(**token, state=state.state)
+    if options.state_delay:
+        o_state = delayed_delta_step(**token, memory=state.late, delay=options.state_delay, mode="stream",
+                                     backend="torch")
     rank = rank_token(options.score, written, v, beta, state.length, residual=residual, route=route)
     read = read_tokens(q, k, gamma_q, gamma_k, options, state.length)
     _append(state, read["k"], v, rank)

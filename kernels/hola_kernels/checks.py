@@ -156,8 +156,33 @@ def check_memory(memory: HolaState | None, sequences: int, k: Tensor, v: Tensor,
               "open_v": (sequences, open_tokens, heads, value_dim), "open_score": (sequences, open_tokens, heads),
               "length": (sequences,)}
     for name, x in memory.tensors().items():
+        if name.startswith("late."):
+            continue
         whole = name in ("cache_position", "length")
         if x.shape != shapes[name] or x.device != k.device or (x.dtype == torch.int64) != whole:
             raise KernelError(f"state.{name} {x.dtype} {tuple(x.shape)} on {x.device} must be "
                               f"{'int64' if whole else 'floating-point'} {shapes[name]} on {k.device}")
+    return memory
+
+
+def check_layer_memory(memory: HolaState | None, sequences: int, k: Tensor, v: Tensor,
+                       options: CacheOptions) -> HolaState:
+    """`check_memory` of a layer's whole memory: its keys' positions and its delayed state as well."""
+    if memory is None:
+        return HolaState.empty(sequences, *k.shape[-2:], v.shape[-1], block=options.block, slots=options.slots,
+                               window_blocks=options.window_blocks, rope_theta=options.rope_theta,
+                               state_delay=options.state_delay, dtype=v.dtype, device=v.device)
+    memory = check_memory(memory, sequences, k, v, options)
+    for name in ("rope_theta", "state_delay"):
+        if getattr(memory, name) != getattr(options, name):
+            raise KernelError(f"state was written with {name} = {getattr(memory, name)}, the call has "
+                              f"{getattr(options, name)}; a memory goes on as it was begun")
+    if memory.late is not None:
+        want = HolaState.empty(sequences, *k.shape[-2:], v.shape[-1], block=1, slots=0, dtype=v.dtype, device="meta",
+                               state_delay=options.state_delay).late.tensors()
+        for name, x in memory.late.tensors().items():
+            whole = name == "length"
+            if x.shape != want[name].shape or x.device != k.device or (x.dtype == torch.int64) != whole:
+                raise KernelError(f"state.late.{name} {x.dtype} {tuple(x.shape)} on {x.device} must be "
+                                  f"{'int64' if whole else 'floating-point'} {tuple(want[name].shape)} on {k.device}")
     return memory

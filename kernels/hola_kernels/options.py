@@ -36,6 +36,8 @@ class CacheOptions:
     rope_theta: base of rotary positions, which queries and keys of the read take after their norm; None: no positions.
     merge: how the read joins the output of the state (`merge`): "add" (a gate per head), "convex" (a gate per channel
         of every token) or "two" (two gates per head of every token).
+    state_delay: D, a token's output of the state is that of D tokens earlier (`state_delay`, mode "stream"); keys,
+        values and scores stay where they are.
 
     Raises KernelError naming the option that is not allowed.
     """
@@ -48,10 +50,12 @@ class CacheOptions:
     window: int | None = None
     rope_theta: float | None = None
     merge: str = "add"
+    state_delay: int = 0
 
     def __post_init__(self) -> None:
         _check_count("block", self.block, 1)
         _check_count("slots", self.slots, 0)
+        _check_count("state_delay", self.state_delay, 0)
         for name, allowed in (("score", SCORES), ("read_norm", READ_NORMS), ("local", LOCALS),
                               ("merge", MERGES)):
             if getattr(self, name) not in allowed:

@@ -19,55 +19,20 @@ from hola_kernels.gated_delta import gated_delta_rule
 from hola_kernels.gated_delta.step import gated_delta_step
 from hola_kernels.operation import operation
 from hola_kernels.packed import PackedDocuments, documents_of
-from hola_kernels.state import SequenceState
+from hola_kernels.state import DelayedState
 from hola_kernels.state_delay import check_delay, doubled_table
 
 WRITTEN = ("k", "v", "log_decay", "beta")
 
 
-@dataclass
-class DelayedState(SequenceState):
-    """Memory of N sequences.
-
-    state   [N, H, K, V] float32 (float64 in float64 calls): stream S_{t-W}, chunk S_t
-    read    [N, H, K, V]: chunk: S before the open chunk; stream: of H = 0
-    k [N, W, H, K], v [N, W, H, V], log_decay, beta [N, W, H]: the last W tokens, token n at index n mod W, zero where
-            there is none; chunk: of W = 0
-    length  [N] int64: tokens seen
-    """
-
-    state: Tensor
-    read: Tensor
-    k: Tensor
-    v: Tensor
-    log_decay: Tensor
-    beta: Tensor
-    length: Tensor
-
-    @classmethod
-    def empty(cls, sequences: int, heads: int, key_dim: int, value_dim: int, *, delay: int, mode: str,
-              dtype: torch.dtype, device: torch.device | str) -> DelayedState:
-        """The memory before the first token; dtype: of k and v."""
-        compute = torch.float64 if dtype == torch.float64 else torch.float32
-        pending, reads = (delay, 0) if mode == "stream" else (0, heads)
-
-        def zeros(*shape: int, dtype: torch.dtype) -> Tensor:
-            return torch.zeros(*shape, dtype=dtype, device=device)
-
-        return cls(zeros(sequences, heads, key_dim, value_dim, dtype=compute),
-                   zeros(sequences, reads, key_dim, value_dim, dtype=compute),
-                   zeros(sequences, pending, heads, key_dim, dtype=dtype),
-                   zeros(sequences, pending, heads, value_dim, dtype=dtype),
-                   zeros(sequences, pending, heads, dtype=compute), zeros(sequences, pending, heads, dtype=compute),
-                   zeros(sequences, dtype=torch.int64))
-
-
 @operation
-@torch.no_grad()
 def delayed_delta_onward(*, q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, beta: Tensor, memory: DelayedState,
                          delay: int, mode: str, cu_seqlens: Tensor | PackedDocuments | None = None,
-                         backend: str = "auto") -> tuple[Tensor, DelayedState]:
-    """o [B, T, H, V] of `delayed_delta_rule` for tokens that go on from a memory, and the memory after them."""
+                         scale: float | None = None, backend: str = "auto") -> tuple[Tensor, DelayedState]:
+    """o [B, T, H, V] of `delayed_delta_rule` for tokens that go on from a memory, and the memory after them.
+
+    scale: as in gated_delta_rule; of mode "stream".
+    """
     check_tokens(q, k, v, log_decay=log_decay, beta=beta)
     check_delay(delay, mode)
     documents = documents_of(q, cu_seqlens)
@@ -80,7 +45,8 @@ def delayed_delta_onward(*, q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, 
     ext = ExtendedTokens.of(bounds, q.shape[0] * q.shape[1], memory.length, delay)
     joined = {name: ext.join(tokens[name].flatten(0, 1), getattr(memory, name)) for name in WRITTEN}
     moved = {name: x[ext.leaving].view(tokens[name].shape) for name, x in joined.items()}
-    o, _, state = gated_delta_rule(q=q, **moved, cu_seqlens=documents, initial_state=memory.state, backend=backend)
+    o, _, state = gated_delta_rule(q=q, **moved, cu_seqlens=documents, initial_state=memory.state, scale=scale,
+                                   backend=backend)
     rings = {name: x[ext.ring].to(getattr(memory, name).dtype) for name, x in joined.items()}
     return o, DelayedState(state, memory.read, **rings, length=length)
 
@@ -195,4 +161,4 @@ class ExtendedTokens:
         return torch.cat([new_MH, ring_NWH.flatten(0, 1).to(new_MH.dtype)])[self.source]
 
 
-__all__ = ["DelayedState", "delayed_delta_onward", "delayed_delta_step"]
+__all__ = ["ExtendedTokens", "chunk_reads", "chunk_step", "delayed_delta_onward", "delayed_delta_step"]

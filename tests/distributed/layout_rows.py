@@ -43,6 +43,9 @@ WINDOWS = {"model__pattern": "HWHA", "model__attention_window": 18, "model__atte
            "model__attention_kv_heads": 2, "model__attention_qk_norm": True,
            "model__cache": {"block": 16, "slots": 4, "local": "window", "window": 5, "merge": "convex",
                             "rope_theta": 300.0}}
+# a state that is read late, in hola and gdn layers
+LATE = {"model__pattern": "HG", "model__state_delay": 9,
+        "model__cache": {"block": 16, "slots": 4, "local": "window", "window": 9}}
 # documents go on over the cut of two context ranks: in a row of two samples the second sample begins there
 ONE_SAMPLE = {"train__micro_batch_size": 1}
 ZERO1, ZERO2 = ({"engine": "deepspeed", "parallel": {"zero_stage": stage}} for stage in (1, 2))
@@ -89,6 +92,7 @@ REFERENCES: dict[str, dict[str, Any]] = {
     "deltaproduct": {"model__pattern": "deltaproduct", "model__beta_range": 2},
     "routed": {"model__pattern": "H", **ONE_SAMPLE, "model__cache": {
         "block": 16, "slots": 4, "score": "learned", "router_width": 4, "merge": "two"}},
+    "late": LATE,
     "muon_windows": {"train__optimizer": "muon", **WINDOWS},
     "bf16": {"train__precision": "bf16", "train__steps": 6},
 }
@@ -123,6 +127,8 @@ ROWS: dict[str, Row] = {
     "windows_cp2": Row(2, {**CP, **PLAIN}, reference="windows", gradients=True),
     "deltaproduct_tp2": Row(2, TP, reference="deltaproduct"),
     "deltaproduct_pp2": Row(2, PP, reference="deltaproduct", long=True),
+    "late_tp2_sp": Row(2, SP, reference="late", gradients=True),
+    "late_pp2": Row(2, PP, reference="late"),
     "routed_tp2_sp": Row(2, SP, reference="routed", gradients=True),
     "routed_cp2": Row(2, {**CP, **PLAIN}, reference="routed", gradients=True),
     "muon_windows_tp2": Row(2, {**TP, **PLAIN}, reference="muon_windows"),

@@ -42,7 +42,7 @@ from hola_megatron.data.prepare import PrepareOptions, prepare
 pytestmark = pytest.mark.distributed
 CLIP = 0.5  # below the norm of every step
 BY_HEAD = ("sink", "gate", "A_log", "dt_bias")
-PROBED = ("adamw", "one_sample", "experts", "windows", "routed")
+PROBED = ("adamw", "one_sample", "experts", "windows", "late", "routed")
 ONE = {name: Row(1, PLAIN, reference=name, gradients=name in PROBED) for name in REFERENCES}
 PACKAGES = {"deepspeed": "deepspeed", "muon": "emerging_optimizers"}
 MISSING = {kind for kind, package in PACKAGES.items() if importlib.util.find_spec(package) is None}

@@ -17,6 +17,7 @@ import torch
 from distributed.layout_rows import (
     CP,
     DP,
+    LATE,
     MOE,
     PLAIN,
     PP,
@@ -55,6 +56,7 @@ WHOLE: dict[str, Row] = {
     "bf16_one_dist_opt": Row(1, DIST_OPT, BF16),
     "bf16_dist_opt": Row(2, DIST_OPT, BF16),
     "windows_tp2": Row(2, TP, WINDOWS),
+    "late_tp2": Row(2, TP, LATE),
     "muon_tp2": Row(2, {**TP, **PLAIN}, MUON),
     "muon_bf16_tp2": Row(2, {**TP, **PLAIN}, {**MUON, **BF16}),
     "experts_one": Row(1, {}, BY_BIAS),

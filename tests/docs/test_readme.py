@@ -94,7 +94,7 @@ def test_the_last_lines_of_runs_follow_from_their_recipes(recipe):
 def test_recipes_in_the_table_are_all_and_only_those_shipped():
     table = README.split("## Recipes")[1].split("##")[0]
     named = set(re.findall(r"^\|.*$", table, re.M))
-    name = r"\b((?:hola|gdn|ham|hqlt|deltaproduct|transformer)_(?:tiny|moe_\w+|(?:[a-z]+_)*[\d.]+[mb]\w*))\b"
+    name = r"\b((?:hola|gdn|ham|hqlt|deltaproduct|bmojo|transformer)_(?:tiny|moe_\w+|(?:[a-z]+_)*[\d.]+[mb]\w*))\b"
     named = set(re.findall(name, "\n".join(named)))
     assert named == {path.stem for path in (ROOT / "recipes").glob("*.yaml")}
 

@@ -72,6 +72,7 @@ LAYERS = {
     "deltaproduct": {"layer_pattern": "deltaproduct", "delta_steps": 2, "beta_range": 2},
     "gdn_delayed_stream": {"layer_pattern": "G", "state_delay": 8},
     "gdn_delayed_chunk": {"layer_pattern": "G", "state_delay": 8, "state_delay_mode": "chunk"},
+    "hola_late": {"layer_pattern": "H", "cache_local": "window", "cache_window": 11, "state_delay": 11},
     "attention": {"layer_pattern": "A", "num_attention_heads": 4, "num_key_value_heads": 2, "attention_qk_norm": True},
     "swa": {"layer_pattern": "W"},
     "ham_cosine": {"layer_pattern": "ham", "ham_router": "cosine", "ham_threshold": 1.0},

@@ -28,6 +28,7 @@ FAMILIES = {
     "delta_net": {"pattern": "GH", "rule": "delta", "beta_range": 2},
     "late": {"pattern": "G", "state_delay": 5}, "late_chunk": {
         "pattern": "G", "state_delay": 9, "state_delay_mode": "chunk"},
+    "late_hola": {"pattern": "H", "state_delay": 11, "cache": {"local": "window", "window": 11}},
     "hqlt": {"pattern": "hqlt"}, "hqlt_stream": {"pattern": "hqlt, hola", "hqlt": {
         "blend": "delayed_stream", "window": 7, "mixing": "scalar", "rope_theta": 300.0}},
     "hqlt_chunk": {"pattern": "hqlt, attention", "hqlt": {

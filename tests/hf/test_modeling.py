@@ -16,6 +16,7 @@ PATTERNS = {
     "hola": ("H", {}), "gdn": ("G", {}), "transformer": ("A", {}), "hybrid": ("HGA", {}),
     "delta_net": ("G", {"rule": "delta"}),
     "late": ("gdn", {"state_delay": 7}), "late_chunk": ("GA", {"state_delay": 6, "state_delay_mode": "chunk"}),
+    "late_hola": ("H", {"state_delay": 11, "cache_local": "window", "cache_window": 11}),
     "negative_eigenvalues": ("GH", {"beta_range": 2}), "hqlt": ("hqlt", {"hqlt_window": 7}),
     "hqlt_stream": ("hqlt", {"hqlt_window": 7, "hqlt_blend": "delayed_stream", "hqlt_mixing": "scalar"}),
     "hqlt_chunk": ("hqlt, gdn", {"hqlt_window": 6, "hqlt_blend": "delayed_chunk", "hqlt_mixing": "sum"}),

@@ -68,3 +68,20 @@ def read_packed(q: Tensor, k: Tensor, v: Tensor, score: Tensor, cu_seqlens: list
     parts = [read_document(q[0, a:b], k[0, a:b], v[0, a:b], score[0, a:b], **arguments)
              for a, b in pairwise(cu_seqlens)]
     return torch.cat(parts)[None]
+
+
+def late_loop(q, k, v, log_decay, beta, delay, mode, bounds):
+    """o and the score, one token after the other; q, k [M, H, K], v [M, H, V], the rest [M, H]."""
+    q, k = (x / (x.square().sum(-1, keepdim=True) + 1e-6).sqrt() for x in (q, k))
+    outputs, scores = [], []
+    for start, end in zip(bounds[:-1], bounds[1:], strict=True):
+        states = [torch.zeros(*k.shape[1:], v.shape[-1], dtype=v.dtype)]  # states[n]: after n tokens
+        for t in range(start, end):
+            decayed = log_decay[t].exp()[:, None, None] * states[-1]
+            residual = v[t] - torch.einsum("hkv,hk->hv", decayed, k[t])
+            states.append(decayed + beta[t][:, None, None] * torch.einsum("hk,hv->hkv", k[t], residual))
+            scores.append(beta[t] * residual.norm(dim=-1))
+            position = t - start
+            known = max(position + 1 - delay, 0) if mode == "stream" else position // delay * delay
+            outputs.append(torch.einsum("hkv,hk->hv", states[known], q[t]) * q.shape[-1] ** -0.5)
+    return torch.stack(outputs), torch.stack(scores)

@@ -118,13 +118,13 @@ def test_the_package_is_python_3_10(path):
     ast.parse(path.read_text(encoding="utf-8"), feature_version=(3, 10))
 
 
-@pytest.mark.parametrize("mode", ["stream", "chunk"])
+@pytest.mark.parametrize(("kind", "mode"), [("gdn", "stream"), ("gdn", "chunk"), ("hola", "stream")])
 @torch.no_grad()
-def test_a_delayed_state_goes_on_from_any_cut(mode):
+def test_a_delayed_state_goes_on_from_any_cut(kind, mode):
     """Rows of one length, and sequences of unequal length packed."""
-    made, x = layer("gdn", state_delay=7, state_delay_mode=mode), torch.randn(3, 50, 24)
+    made, x = layer(kind, state_delay=7, state_delay_mode=mode), torch.randn(3, 50, 24)
     whole = made(x)
-    assert not torch.allclose(whole, layer("gdn")(x))
+    assert not torch.allclose(whole, layer(kind)(x))
     for lengths in ([1] * 50, [20, 1, 1, 3, 25], [7, 7, 36], [5, 40, 5]):
         cache = LayerCache()
         parts = [made(part, cache=cache) for part in x.split(lengths, 1)]
@@ -142,5 +142,5 @@ def test_a_delayed_state_goes_on_from_any_cut(mode):
         one = made(x[torch.arange(3), index][:, None], cache=cache)[:, 0]
         torch.testing.assert_close(one, whole[torch.arange(3), index], rtol=1e-4, atol=1e-5)
     assert cache.nbytes() == held
-    with pytest.raises(KernelError, match="state_delay: 7 is for GatedDeltaNet"):
-        layer("hola", state_delay=7)
+    with pytest.raises(KernelError, match="state_delay_mode: 'chunk' is for GatedDeltaNet"):
+        layer("hola", state_delay=7, state_delay_mode="chunk")

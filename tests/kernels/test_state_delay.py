@@ -5,30 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 from inputs import gradients, make_inputs, relative_error
+from memory_definition import late_loop
 
 from hola_kernels import KernelError, gated_delta_rule
-from hola_kernels.norms import l2_normalize
 from hola_kernels.state_delay import delayed_delta_rule
 
 TOKENS = ("q", "k", "v", "log_decay", "beta")
 BOUNDS = {"one": (0, 70), "ragged": (0, 1, 40, 104, 105, 150), "empty": (0, 0, 32, 32, 65, 97, 97)}
 MODES = pytest.mark.parametrize("mode", ["stream", "chunk"])
-
-
-def late_loop(q, k, v, log_decay, beta, delay, mode, bounds):
-    """o and the score, one token after the other; q, k [M, H, K], v [M, H, V], the rest [M, H]."""
-    q, k, outputs, scores = l2_normalize(q), l2_normalize(k), [], []
-    for start, end in zip(bounds[:-1], bounds[1:], strict=True):
-        states = [torch.zeros(*k.shape[1:], v.shape[-1], dtype=v.dtype)]  # states[n]: after n tokens
-        for t in range(start, end):
-            decayed = log_decay[t].exp()[:, None, None] * states[-1]
-            residual = v[t] - torch.einsum("hkv,hk->hv", decayed, k[t])
-            states.append(decayed + beta[t][:, None, None] * torch.einsum("hk,hv->hkv", k[t], residual))
-            scores.append(beta[t] * residual.norm(dim=-1))
-            position = t - start
-            known = max(position + 1 - delay, 0) if mode == "stream" else position // delay * delay
-            outputs.append(torch.einsum("hkv,hk->hv", states[known], q[t]) * q.shape[-1] ** -0.5)
-    return torch.stack(outputs), torch.stack(scores)
 
 
 def tokens_of(length, batch=1, **options):

@@ -157,7 +157,7 @@ def test_it_can_be_refused_where_not(text_data, tmp_path):
     path = write_recipe(tmp_path / "r.yaml", text_data / "train", **{f"model__{n}": x for n, x in MODEL.items()})
     for override, problem in (("parallel.context=2", "parallel.context: 2 is not possible with ham layers"),
                               ("train.cuda_graph=true", "train.cuda_graph: true is not possible with ham layers"),
-                              ("model.state_delay=3", "model.state_delay: 3 is for gdn layers"),
+                              ("model.state_delay=3", "model.state_delay: 3 is for gdn and hola layers"),
                               ("model.ham.router=mean", "model.ham.router: 'mean' is not allowed"),
                               ("model.ham.share=1.5", "model.ham.share: 1.5 is not allowed"),
                               ("model.ham.share=-0.1", "model.ham.share: -0.1 is not allowed"),

@@ -146,7 +146,7 @@ def test_states_are_kept_where_the_kernels_keep_them():
 @pytest.mark.parametrize("changes", [
     {}, {"slots": 0}, {"read_norm": "none"}, {"local": "none"}, {"local": "window", "window": 1},
     {"local": "window", "window": 257}, {"local": "window", "window": 9, "block": 100}, {"merge": "two"},
-    {"local": "window", "window": 258, "slots": 0}], ids=str)
+    {"local": "window", "window": 258, "slots": 0}, {"state_delay": 5}], ids=str)
 def test_windows_of_recipes_are_those_of_the_kernels(changes):
     """A planner's recipe check and its costs restate four rules of hola_kernels, which it must not import."""
     from hola_kernels.exact_cache import block_refusal, fused_refusal
@@ -155,13 +155,13 @@ def test_windows_of_recipes_are_those_of_the_kernels(changes):
     from hola_megatron.layers.hola import costs
     from hola_megatron.layers.hola.mixer import cache_options
 
-    overrides = [f"model.cache.{name}={value}" for name, value in changes.items()]
+    overrides = [f"model.{'' if name == 'state_delay' else 'cache.'}{name}={value}" for name, value in changes.items()]
     model = load_recipe(RECIPES / "hola_340m.yaml", overrides).model
     options = cache_options(model)
     assert costs.reach(model.cache) == options.reach
     assert costs.window_blocks(model.cache) == options.window_blocks
-    assert hola.is_fused(model.cache) == (fused_refusal(options) is None)
-    assert hola.is_fused_over_ranks(model.cache) == (block_refusal(options) is None)
+    assert hola.is_fused(model) == (fused_refusal(options) is None)
+    assert hola.is_fused_over_ranks(model) == (block_refusal(options) is None)
     assert hola.WINDOW_COLUMNS == WINDOW_COLUMNS
 
 

@@ -274,11 +274,14 @@ def test_the_earlier_name_of_the_rule_still_loads():
 def test_a_delayed_state_is_refused_where_it_is_not_possible():
     assert load_recipe(TINY, ["model.pattern=G", "model.state_delay=64"]).model.state_delay_mode == "stream"
     assert refused("model.state_delay=64", "model.pattern=deltaproduct")[0].startswith(
-        "model.state_delay: 64 is for gdn layers")
+        "model.state_delay: 64 is for gdn and hola layers")
     assert refused("model.cache.slots=0", "model.cache.score=learned")[0].startswith(
         "model.cache.score: learned selects nothing with model.cache.slots = 0")
-    assert refused("model.state_delay=64")[0].startswith("model.state_delay: 64 is for gdn layers")
-    assert refused("model.pattern=G", "model.state_delay=64", "parallel.context=2")[0].startswith(
-        "model.state_delay: 64 is not possible with parallel.context = 2")
-    assert any("not possible with train.cuda_graph" in problem for problem in refused(
-        "model.pattern=G", "model.state_delay=64", "train.cuda_graph=true"))
+    assert load_recipe(TINY, ["model.state_delay=64"]).model.state_delay == 64
+    assert refused("model.state_delay=64", "model.state_delay_mode=chunk") == [
+        "model.state_delay_mode: chunk is for gdn layers; set it to stream with hola layers"]
+    for pattern in "GH":
+        assert refused(f"model.pattern={pattern}", "model.state_delay=64", "parallel.context=2")[0].startswith(
+            "model.state_delay: 64 is not possible with parallel.context = 2")
+        assert any("model.state_delay: 64 is not possible with train.cuda_graph" in problem for problem in refused(
+            f"model.pattern={pattern}", "model.state_delay=64", "train.cuda_graph=true"))

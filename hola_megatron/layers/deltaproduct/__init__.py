@@ -59,7 +59,8 @@ class DeltaProduct(GatedDeltaNet):
         """The state is not delayed, and not exchanged between context ranks."""
         model = recipe.model
         if model.state_delay and not any("state_delay" in kind.recipe_fields for kind in model.layer_kinds):
-            yield f"model.state_delay: {model.state_delay} is for gdn layers; set it to 0 with deltaproduct layers"
+            yield (f"model.state_delay: {model.state_delay} is for gdn and hola layers; set it to 0 with deltaproduct "
+                   "layers")
         if recipe.parallel.context > 1:
             yield f"parallel.context: {recipe.parallel.context} is not possible with deltaproduct layers; set it to 1"
 

@@ -56,7 +56,7 @@ def late(share: Share, kind: LayerKind) -> list[Term]:
         return []
     key, value = heads * model.key_dim, heads * model.value_dim
     if model.state_delay_mode == "stream":
-        return [Term("kernels", "queries moved forward, output moved back", tokens * (key + value) * e)]
+        return [Term("kernels", "queries moved forward", tokens * key * e)]
     chunk = heads * (SCALES * CHUNK * FLOAT32 + 2 * CHUNK * CHUNK * e)
     return [Term("kernels", "doubled row of the delayed state",
                  2 * tokens * ((2 * key + value) * e + 2 * heads * FLOAT32) + chunks(share) * chunk)]

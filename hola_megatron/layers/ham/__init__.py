@@ -79,7 +79,8 @@ class Ham(GatedDeltaNet):
     def check_state_delay(self, recipe: Recipe) -> Iterator[str]:
         """HAM layers have none."""
         if recipe.model.state_delay:
-            yield f"model.state_delay: {recipe.model.state_delay} is for gdn layers; set it to 0 with ham layers"
+            yield (f"model.state_delay: {recipe.model.state_delay} is for gdn and hola layers; set it to 0 with ham "
+                   "layers")
 
     def check_cuda_graph(self, recipe: Recipe) -> Iterator[str]:
         yield ("train.cuda_graph: true is not possible with ham layers, which keep another number of tokens in every "

@@ -71,9 +71,9 @@ class Hola(GatedDeltaNet):
 
     def saved(self, share: Share) -> list[Term]:
         terms = [*state_costs.saved(share, self), *costs.read_saved(share, self)]
-        cache = share.recipe.model.cache
-        fused = is_fused_over_ranks(cache) if share.recipe.parallel.context > 1 else is_fused(cache)
-        if not fused or cache.score not in (*STATE_SCORES, *POSITION_SCORES):
+        model = share.recipe.model
+        fused = is_fused_over_ranks(model) if share.recipe.parallel.context > 1 else is_fused(model)
+        if not fused or model.cache.score not in (*STATE_SCORES, *POSITION_SCORES):
             terms += costs.saved_unfused(share, self)
         if share.recipe.parallel.context > 1:
             terms += [*state_costs.saved_over_ranks(share, self), *costs.read_saved_over_ranks(share, self)]
@@ -85,16 +85,17 @@ class Hola(GatedDeltaNet):
         return max(state_costs.workspace(share, self, **sizes), costs.read_workspace(share, self))
 
     def check_state_delay(self, recipe: Recipe) -> Iterator[str]:
-        """Hola layers have none yet."""
-        if recipe.model.state_delay:
-            yield f"model.state_delay: {recipe.model.state_delay} is for gdn layers; set it to 0 with hola layers"
+        yield from super().check_state_delay(recipe)
+        if recipe.model.state_delay and recipe.model.state_delay_mode != "stream":
+            yield (f"model.state_delay_mode: {recipe.model.state_delay_mode} is for gdn layers; set it to stream with "
+                   "hola layers")
 
     def check_cuda_graph(self, recipe: Recipe) -> Iterator[str]:
         yield from super().check_cuda_graph(recipe)
         if recipe.model.cache.score not in STATE_SCORES:
             yield (f"model.cache.score: {recipe.model.cache.score} is not possible with train.cuda_graph; set it to "
                    "betae, e or betav, or train.cuda_graph to false")
-        if not is_fused(recipe.model.cache):
+        if not _is_fused_read(recipe.model.cache):
             yield ("model.cache: read_norm none, rope_theta and merge other than add are not possible with "
                    "train.cuda_graph; change them, or set train.cuda_graph to false")
 
@@ -133,7 +134,8 @@ class Hola(GatedDeltaNet):
         if config["cache_slots"]:
             kept = (f"keeps {config['cache_slots']} tokens per head exactly, selected by `{config['cache_score']}`; a "
                     "token also attends to")
-        return f"A HOLA layer {kept} {local[config.get('cache_local', 'block')]}. "
+        late = f" Its state is read {config['state_delay']} tokens late." if config.get("state_delay") else ""
+        return f"A HOLA layer {kept} {local[config.get('cache_local', 'block')]}.{late} "
 
     def comparison_length(self, model: ModelConfig) -> int:
         return (2 + costs.window_blocks(model.cache)) * model.cache.block + 17
@@ -155,15 +157,19 @@ class Hola(GatedDeltaNet):
         return health
 
 
-def is_fused(cache: CacheConfig) -> bool:
+def is_fused(model: ModelConfig) -> bool:
     """Whether state and cache attention have one fused operation; otherwise their two operations run one by one."""
+    return _is_fused_read(model.cache) and not model.state_delay
+
+
+def _is_fused_read(cache: CacheConfig) -> bool:
     return (cache.read_norm != "none" and cache.merge == "add" and cache.rope_theta is None
             and (costs.reach(cache) is None or cache.block % WINDOW_COLUMNS == 0))
 
 
-def is_fused_over_ranks(cache: CacheConfig) -> bool:
+def is_fused_over_ranks(model: ModelConfig) -> bool:
     """The same over context ranks."""
-    return is_fused(cache) and cache.local == "block" and cache.slots > 0
+    return is_fused(model) and model.cache.local == "block" and model.cache.slots > 0
 
 
 def read_gate(shape: tuple[int, ...], generator: torch.Generator, model: ModelConfig) -> torch.Tensor:

@@ -50,4 +50,4 @@ def cache_options(model: ModelConfig) -> CacheOptions:
     """The options of the exact cache, as hola_kernels takes them."""
     cache = model.cache
     return CacheOptions(cache.block, cache.slots, cache.score, cache.read_norm, cache.local, cache.window,
-                        cache.rope_theta, cache.merge)
+                        cache.rope_theta, cache.merge, model.state_delay)

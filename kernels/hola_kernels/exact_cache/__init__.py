@@ -177,15 +177,17 @@ def options_refusal(options: CacheOptions) -> str | None:
 
 def fused_refusal(options: CacheOptions) -> str | None:
     """Why the fused operation of one rank does not take these options, or None."""
-    if options.read_norm == "none" or options.merge != "add" or options.rope_theta is not None:
-        return "the fused operation takes read_norm 'rms' or 'l2', merge 'add' and no rope_theta"
+    if (options.read_norm == "none" or options.merge != "add" or options.rope_theta is not None
+            or options.state_delay):
+        return "the fused operation takes read_norm 'rms' or 'l2', merge 'add', no rope_theta and no state_delay"
     return options_refusal(options)
 
 
 def block_refusal(options: CacheOptions) -> str | None:
     """Why the decoding step and the fused operation over context ranks do not take these options, or None."""
     if options.local != "block" or not options.slots or fused_refusal(options):
-        return "local 'block', read_norm 'rms' or 'l2', merge 'add', no rope_theta and at least one slot"
+        return ("local 'block', read_norm 'rms' or 'l2', merge 'add', no rope_theta, no state_delay and at least one "
+                "slot")
     return None
 
 

@@ -8,8 +8,7 @@ from torch import Tensor
 
 from hola_kernels.ham.memory import HamState
 from hola_kernels.hqlt.memory import HqltState
-from hola_kernels.state import HolaState
-from hola_kernels.state_delay_memory import DelayedState
+from hola_kernels.state import DelayedState, HolaState
 
 
 @dataclass

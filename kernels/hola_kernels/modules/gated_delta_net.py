@@ -14,9 +14,9 @@ from hola_kernels.modules.initial import decay_rate, draw_children, step_bias
 from hola_kernels.modules.parts import GatedRMSNorm, ShortConvolution
 from hola_kernels.norms import compute_dtype
 from hola_kernels.packed import documents_of
-from hola_kernels.state import HolaState
+from hola_kernels.state import DelayedState, HolaState
 from hola_kernels.state_delay import check_delay, delayed_delta_rule
-from hola_kernels.state_delay_memory import DelayedState, delayed_delta_onward, delayed_delta_step
+from hola_kernels.state_delay_memory import delayed_delta_onward, delayed_delta_step
 
 
 class GatedDeltaNet(nn.Module):
@@ -156,8 +156,9 @@ class GatedDeltaNet(nn.Module):
         if cache.state is None:
             documents = documents_of(v, cu_seqlens)
             cache.state = self._empty_state(v, v.shape[0] if documents is None else documents.count)
-        o, cache.state = delayed_delta_onward(**tokens, **late, memory=cache.state, cu_seqlens=cu_seqlens,
-                                              backend=self.backend)
+        o, after = delayed_delta_onward(**tokens, **late, memory=cache.state, cu_seqlens=cu_seqlens,
+                                        backend=self.backend)
+        cache.state = after.map(Tensor.detach)
         return o
 
     def _decode(self, tokens: dict[str, Tensor], cache: LayerCache) -> Tensor:

@@ -48,10 +48,11 @@ class HolaAttention(GatedDeltaNet):
                  rope_theta: float | None = None, merge: str = CacheOptions.merge, sink: bool = True,
                  gate_init: float = -4.0, router_width: int = 64, **shared: Any):
         super().__init__(hidden_size, num_heads, key_dim, value_dim, **shared)
-        if self.state_delay:
-            raise KernelError(f"state_delay: {self.state_delay} is for GatedDeltaNet; HolaAttention takes 0")
+        if self.state_delay_mode != "stream":
+            raise KernelError(f"state_delay_mode: {self.state_delay_mode!r} is for GatedDeltaNet; HolaAttention takes "
+                              "'stream'")
         self.options, self.gate_init = CacheOptions(
-            block, slots, score, read_norm, local, window, rope_theta, merge), gate_init
+            block, slots, score, read_norm, local, window, rope_theta, merge, self.state_delay), gate_init
         self.gamma_q = nn.Parameter(torch.ones(key_dim, dtype=torch.float32))
         self.gamma_k = nn.Parameter(torch.ones(key_dim, dtype=torch.float32))
         if merge == "add":
@@ -116,4 +117,5 @@ class HolaAttention(GatedDeltaNet):
     def _empty_state(self, v: Tensor) -> HolaState:
         return HolaState.empty(v.shape[0], self.num_value_heads, self.key_dim, self.value_dim, dtype=v.dtype,
                                block=self.options.block, slots=self.options.slots,
-                               window_blocks=self.options.window_blocks, device=v.device)
+                               window_blocks=self.options.window_blocks, rope_theta=self.options.rope_theta,
+                               state_delay=self.state_delay, device=v.device)
