@@ -28,6 +28,9 @@ def exported(path: Path, tokenizer: str | None = None) -> Iterator[Path]:
         return
     if not path.is_dir():
         raise CheckpointError(f"{path}: no such folder; give an exported model, a run folder or a checkpoint")
+    if (path / "adapter_config.json").is_file():
+        raise CheckpointError(f"{path}: is a PEFT adapter without its model; merge it into the export that it was "
+                              "trained on (docs/fine_tuning.md), and give that folder")
     with tempfile.TemporaryDirectory(prefix="hola-export-") as scratch:
         yield to_hf(path, Path(scratch) / "export", ExportOptions(tokenizer=tokenizer))
 

@@ -88,6 +88,10 @@ def test_a_checkpoint_is_evaluated_as_its_export(folder, loaded, tmp_path):
     assert greedy_sample(*loaded, "To", 3).startswith("To")
     with pytest.raises(CheckpointError, match="no such folder"), exported(tmp_path / "nothing"):
         pass
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter/adapter_config.json").write_text("{}")
+    with pytest.raises(CheckpointError, match="is a PEFT adapter"), exported(tmp_path / "adapter"):
+        pass
 
 
 def test_a_foreign_tokenizer_is_refused(folder, tmp_path):
