@@ -46,7 +46,7 @@ def ranks_of(case: Case, inputs: dict[str, Tensor]) -> Tensor:
 
 def softmax_attention(q: Tensor, k: Tensor, v: Tensor, cuts: Tensor | None, window: int | None = None) -> Tensor:
     bounds = [0, q.shape[1]] if cuts is None else cuts.tolist()
-    place, parts = torch.arange(q.shape[1]), []
+    place, parts = torch.arange(q.shape[1], device=q.device), []
     back = place[:, None] - place
     seen = (back >= 0) & (back < (window or q.shape[1]))
     for a, b in zip(bounds[:-1], bounds[1:], strict=True):

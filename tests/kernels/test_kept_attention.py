@@ -11,7 +11,7 @@ from inputs import gradients, relative_error
 
 from hola_kernels import KeptTokens, KernelError, kept_attention, kept_attention_step
 from hola_kernels.kept_attention import torch_chunks
-from hola_kernels.kept_attention.tiles import kept_refusal, shared_memory_refusal
+from hola_kernels.kept_attention.tiles import kept_refusal, kept_width_refusal, shared_memory_refusal
 
 BACKENDS = ["reference", "torch"]
 LENGTHS = (1, 63, 64, 65, 255, 257, 500, 1000)
@@ -240,6 +240,8 @@ def test_what_the_kernels_do_not_take_is_named():
     assert kept_refusal(bf16, bf16, bf16) is None
     assert "one of float32, float16 and bfloat16, not torch.float32" in kept_refusal(float32, bf16, bf16)
     assert "not torch.float64" in kept_refusal(*[float32.double()] * 3)
+    assert "K of 32 and more in float32, not 16" in kept_width_refusal(16, torch.float32)
+    assert kept_width_refusal(16, torch.bfloat16) is None and kept_width_refusal(32, torch.float32) is None
     assert "K and V of 16, 32, 64, 128, 256, not 64 and 48" in kept_refusal(bf16, bf16, odd)
     assert shared_memory_refusal("H200", 232_448, torch.bfloat16, 256) is None
     assert "K or V = 128 in bfloat16 needs 131,856 bytes" in shared_memory_refusal("L4", 101_376, torch.bfloat16, 128)

@@ -161,7 +161,8 @@ def test_the_cuts_that_flash_attention_gets():
     assert flash_documents.longest_of(PackedDocuments(torch.tensor([0, 4, 30]), 512)) == 512
 
 
-def test_the_call_that_flash_attention_gets(monkeypatch):
+@pytest.mark.parametrize("bounds", [[0, 100, 300], [0, 0, 100, 300], [0, 0, 0, 1, 100, 100, 300, 300]], ids=str)
+def test_the_call_that_flash_attention_gets(bounds, monkeypatch):
     """torch's function has no CPU form: its arguments are looked at, and the definition is called instead."""
     import torch.nn.attention.varlen as varlen
 
@@ -169,15 +170,16 @@ def test_the_call_that_flash_attention_gets(monkeypatch):
 
     def stand_in(q, k, v, bounds, key_bounds, longest, longest_keys, *, window_size=(-1, -1), enable_gqa=False):
         seen.update(window=window_size, gqa=enable_gqa, longest=(longest, longest_keys), shapes=(q.shape, k.shape))
-        window = None if window_size[0] < 0 else window_size[0] + 1
-        earlier = int(key_bounds[-1] - bounds[-1])
-        return softmax_attention(q=q[None], k=k[None], v=v[None], cu_seqlens=bounds, earlier=earlier, window=window,
-                                 backend="reference")[0]
+        window, parts = None if window_size[0] < 0 else window_size[0] + 1, []
+        for (a, b), (c, d) in zip(*(itertools.pairwise(x.tolist()) for x in (bounds, key_bounds)), strict=True):
+            one = {"q": q[None, a:b], "k": k[None, c:d], "v": v[None, c:d]}
+            parts.append(softmax_attention(**one, earlier=d - c - (b - a), window=window, backend="reference")[0])
+        return torch.cat(parts)
 
     monkeypatch.setattr(varlen, "varlen_attn", stand_in)
     flash_documents._parameters.cache_clear()
     inputs = make(keys=2, earlier=9)
-    documents = PackedDocuments(torch.tensor([0, 100, 300]))
+    documents = PackedDocuments(torch.tensor(bounds))
     y = flash_documents.attend_flash(*inputs.values(), documents, 9, 64)
     want = softmax_attention(**inputs, cu_seqlens=documents, earlier=9, window=64, backend="torch")
     torch.testing.assert_close(y, want)

@@ -29,7 +29,7 @@ def softmax_attention(*, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | P
     q [B, S, H, K], k [B, T, G, K], v [B, T, G, V] with T = earlier + S, positions applied; G divides H, and query head
     h reads key head h // (H / G).
     cu_seqlens [N + 1]: documents packed into one row (B = 1); max_seqlen: no document has more queries.
-    earlier: keys of the first document (without cu_seqlens: of every row) before its first query.
+    earlier: keys before the first query of the first document that is not empty (without cu_seqlens: of every row).
     window: tokens that a token sees, itself included; None: all.
     backend: "auto" and "triton" take flash attention for rows of documents or in a window, where the device and the
     dtype have it, else, as "torch" always, one scaled_dot_product_attention a document; "reference" is the definition.

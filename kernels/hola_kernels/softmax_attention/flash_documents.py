@@ -88,10 +88,8 @@ def longest_of(documents: PackedDocuments) -> int:
 
 
 def _int32_bounds(bounds: Tensor, earlier: int) -> Tensor:
-    """int32, of the first document `earlier` tokens more."""
+    """int32, of the first document that is not empty `earlier` tokens more."""
     def make() -> Tensor:
-        moved = bounds.to(torch.int32, copy=True)
-        moved[1:] += earlier
-        return moved
+        return torch.where(bounds > 0, bounds + earlier, 0).to(torch.int32)
 
     return memoise(bounds, ("int32", earlier), make)
