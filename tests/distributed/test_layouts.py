@@ -123,8 +123,7 @@ def test_validation_and_sample_text(name, pair):
     assert have["text"] == want["text"] and len(have["text"]) > 4
 
 
-@pytest.mark.parametrize("name", rows(
-    lambda row: "context" in row.parallel and row.reference not in ("bf16", "routed")))
+@pytest.mark.parametrize("name", rows(lambda row: "context" in row.parallel and row.reference != "bf16"))
 def test_the_memory_is_looked_at_alike(name, pair):
     for layer in (1, 3):
         (have,), (want,) = (metric_rows(run, f"memory/layer{layer}") for run in pair)

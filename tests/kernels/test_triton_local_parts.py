@@ -9,7 +9,7 @@ from interpreted import only_interpreted
 
 only_interpreted()
 
-from hola_kernels import exact_read
+from hola_kernels import exact_read, hola_attention
 from hola_kernels.exact_cache.verify_cases import limit, measure_read
 
 TINY = {"heads": 1, "block": 16, "slots": 4, "device": "cpu", "dtype": torch.float32, "key": 16, "value": 16}
@@ -64,3 +64,20 @@ def test_pieces_equal_the_whole(options):
     assert relative_error(found, whole) < 1e-5
     assert all(relative_error(have[n], want[n]) < 1e-4 for n in want), {
         n: relative_error(have[n], want[n]) for n in want}
+
+
+def test_a_state_that_is_read_late():
+    """Packed and in pieces: the two operations on Triton kernels, against those of torch."""
+    inputs = make_inputs(1, 75, heads=1, key=64, value=64, dtype=torch.float32)
+    options = {"block": 16, "slots": 4, "local": "window", "window": 19, "state_delay": 19}
+    bounds = torch.tensor([0, 0, 1, 30, 75])
+    want, have = (hola_attention(**inputs, **options, cu_seqlens=bounds, backend=name) for name in ("torch", "triton"))
+    assert relative_error(have, want) < 1e-5
+    want, have = gradients(want, inputs), gradients(have, inputs)
+    assert all(relative_error(have[n], want[n]) < 1e-4 for n in want)
+    whole, memory, parts = hola_attention(**inputs, **options, backend="torch"), None, []
+    for a, b in ((0, 20), (20, 50), (50, 75)):
+        piece = {n: x[:, a:b] if x.ndim > 2 else x for n, x in inputs.items()}
+        part, memory = hola_attention(**piece, **options, state=memory, return_state=True, backend="triton")
+        parts.append(part)
+    assert relative_error(torch.cat(parts, 1), whole) < 1e-5

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
 from helpers import metric_rows, run_ranks, write_recipe
 
 from hola_kernels import cache_ages, hola_attention, select_cache
-from hola_megatron.layers.hola.health import FIELDS
+from hola_kernels.options import SCORES, CacheOptions
+from hola_megatron.layers.hola.health import FIELDS, measure
+from hola_megatron.layers.inspection import recorded_reads
 from hola_megatron.log.memory_health import panel
 
 BLOCK, SLOTS = 8, 3
@@ -52,6 +55,27 @@ def test_the_panel_has_a_column_for_every_field():
     lines = panel({3: dict.fromkeys(FIELDS, 1.5), 1: dict.fromkeys(FIELDS, math.nan)}).splitlines()
     assert len(lines) == 3 and lines[0].split()[2:] == list(FIELDS)
     assert lines[1].split() == ["1", *["nan"] * len(FIELDS)] and lines[2].split() == ["3", *["1.5000"] * len(FIELDS)]
+
+
+@pytest.mark.parametrize("score", SCORES)
+@pytest.mark.parametrize("cuts", [None, [0, 5, 5, 30, 47, 60]])
+def test_the_score_that_is_shown_is_the_one_that_ranks(score, cuts):
+    torch.manual_seed(0)
+    rows, length = (2, 30) if cuts is None else (1, 60)
+    tokens = {"q": torch.randn(rows, length, 2, 4), "k": torch.randn(rows, length, 2, 4),
+              "v": torch.randn(rows, length, 2, 4), "log_decay": -torch.rand(rows, length, 2) / 50,
+              "beta": torch.rand(rows, length, 2), "gate": torch.zeros(2)}
+    if score == "learned":
+        tokens["route"] = torch.randn(rows, length, 2)
+    gains, cu_seqlens = torch.ones(4), None if cuts is None else torch.tensor(cuts)
+    with recorded_reads() as reads:
+        hola_attention(**tokens, gamma_q=gains, gamma_k=gains, sink=None, block=BLOCK, slots=SLOTS, score=score,
+                       cu_seqlens=cu_seqlens, backend="torch")
+    mixer = SimpleNamespace(options=CacheOptions(BLOCK, SLOTS, score), model=SimpleNamespace(backend="torch"),
+                            read_parameters=lambda: {"gamma_q": gains, "gamma_k": gains, "sink": None})
+    shown = measure(mixer, tokens, cu_seqlens)
+    assert shown["score_median"] == pytest.approx(float(reads[0]["score"].median()), rel=1e-6)
+    assert shown["cached"] > 0.1 and shown["age_median"] >= 1 and shown["gate"] == 0.5
 
 
 @pytest.mark.distributed

@@ -268,7 +268,30 @@ def test_the_earlier_name_of_the_rule_still_loads():
     assert refused("model.decay=true", "model.rule=gdn") == [
         "model.decay: True is given beside model.rule, which takes its place; leave model.decay out"]
     assert refused("model.decay=3") == ["model.decay: 3 is not allowed; give model.rule: gdn or delta"]
+    for nothing in ("none", "null"):
+        assert refused(f"model.rule={nothing}")[0].endswith(
+            "softmax attention without a state is a layer of kind swa or attention (model.pattern=W or A)")
     assert refused("model.beta_range=3")[0].startswith("model.beta_range: 3 is not allowed")
+
+
+@pytest.mark.parametrize(("overrides", "said"), [
+    ("model.cache.merge=two model.cache.gate_init=-3.0",
+     "model.cache.gate_init: -3.0 has no effect without model.cache.merge = add; leave it out (its default is -4.0)"),
+    ("model.cache.router_width=8",
+     "model.cache.router_width: 8 has no effect without model.cache.score = learned; leave it out (its default is 64)"),
+    ("model.delta_steps=3", "model.delta_steps: 3 has no effect without a deltaproduct layer in model.pattern; leave "
+                            "it out (its default is 2)"),
+    ("model.state_delay_mode=chunk model.pattern=G", "model.state_delay_mode: chunk has no effect without "
+     "model.state_delay of 1 or more; leave it out (its default is stream)")])
+def test_a_field_without_effect_is_refused(overrides, said):
+    assert refused(*overrides.split()) == [said]
+
+
+def test_fields_with_effect_and_defaults_are_taken():
+    for overrides in (["model.cache.score=learned", "model.cache.router_width=8"], ["model.cache.gate_init=-3.0"],
+                      ["model.pattern=deltaproduct", "model.delta_steps=3"], ["model.cache.merge=two"],
+                      ["model.pattern=A", "model.cache.router_width=8"]):
+        load_recipe(TINY, overrides)
 
 
 def test_a_delayed_state_is_refused_where_it_is_not_possible():

@@ -34,11 +34,15 @@ class GatedDeltaMixer(Mixer):
         packed = None if documents is None else documents.packed
         tokens, further, out_gate, gate_grad, maps = self._tokens(projected_BSF, packed, cp)
         if self.observer is not None:
-            self.observer(self, tokens, packed, cp)
+            self.observer(self, {**tokens, **self._by_token(further)}, packed, cp)
         o_BSHV = self._read(tokens, further, packed, cp, maps)
         normed = gated_rms_norm(x=o_BSHV, gate=out_gate, weight=self._shared_by_heads(self.o_norm),
                                 eps=self.model.norm_eps, dgate_buffer=gate_grad, backend=self.model.backend)
         return normed.flatten(-2)
+
+    def _by_token(self, further_BSF: Tensor) -> dict[str, Tensor]:
+        """What the kind's operation takes of its further projections [B, S, F], by name."""
+        return {}
 
     def _read(self, tokens: dict[str, Tensor], further_BSF: Tensor, packed: PackedDocuments | None,
               cp: ContextParallel | None, maps: Any) -> Tensor:
