@@ -116,11 +116,11 @@ def test_facts_of_a_layer_are_those_of_its_operations(loaded):
     assert second.shares is None and second.kept is None and second.gates is None
 
 
-@pytest.mark.parametrize("cache", [{"score": "learned"}, {"score": "cosine"}, {"merge": "two", "rope_theta": 1e4}],
-                         ids=lambda cache: "-".join(map(str, cache.values())))
-def test_layers_with_other_options(folders, loaded, cache):
+@pytest.mark.parametrize("changes", [{"cache": {"score": "learned"}}, {"cache": {"score": "cosine"}},
+                                     {"cache": {"merge": "two", "rope_theta": 1e4}}, {"state_delay": 9}], ids=str)
+def test_layers_with_other_options(folders, loaded, changes):
     """What they are trained with changes nothing, a swap does, and facts are found."""
-    model, _ = load(folders("H", cache=cache), device="cpu")
+    model, cache = load(folders("H", **changes), device="cpu")[0], changes.get("cache", {})
     tokens, layers = loaded[1], layers_of(model)
     losses = token_losses(model, tokens, 2)
     own = f"score {cache.get('score', 'betae')}"
