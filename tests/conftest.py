@@ -15,6 +15,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny tensors: more threads only
 
 import signal
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -80,6 +81,15 @@ def text_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for part in ("train", "valid"):
         prepare(PrepareOptions([], str(root / part), "bytes", 64, bundled=part, workers=1))
     return root
+
+
+@pytest.fixture(autouse=True)
+def _no_watchdog_is_left() -> Iterator[None]:
+    """One that a failed run has left would end the test process minutes later, in another test."""
+    before = set(threading.enumerate())
+    yield
+    left = [thread.name for thread in {*threading.enumerate()} - before if thread.name in ("watchdog", "heartbeat")]
+    assert not left, f"the test has left threads of a run: {left}"
 
 
 @pytest.fixture(autouse=True)

@@ -31,7 +31,10 @@ STORE_GONE = "the job's store cannot be reached: the machine of rank 0 or its la
 
 
 class Watchdog:
-    """`mark` progress from the main thread; `lost_peer` explains a collective that failed."""
+    """`mark` progress from the main thread; `lost_peer` explains a collective that failed.
+
+    It watches between `start` and `stop`: without a `stop` it ends the process even if the run has failed meanwhile.
+    """
 
     def __init__(self, layout: Layout, folder: Path, limit_seconds: float | None, newest: int | None = None):
         self.command = "the same command"  # the command that resumes the run
@@ -42,10 +45,13 @@ class Watchdog:
         self._ticks = 0
         self._mark: tuple[int, str, float, float | None] = (0, "start", 0.0, limit_seconds)
         self._stop = threading.Event()
-        self._heartbeat = None
+        self._heartbeat: Heartbeat | None = None
+        self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
+
+    def start(self) -> None:
+        """Watch this rank, and report it to the others."""
         if self.world > 1:
             self._heartbeat = Heartbeat(self.rank, self.world, self.interval, self._report, self._store_is_lost)
-        self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
         self._thread.start()
 
     def mark(self, step: int, phase: str, *, patient: bool = False, limit: float | None = None) -> None:
@@ -65,7 +71,7 @@ class Watchdog:
         self._stop.set()
         if self._heartbeat:
             self._heartbeat.stop()
-        if threading.current_thread() is not self._thread:
+        if self._thread.is_alive() and threading.current_thread() is not self._thread:
             self._thread.join(2 * self.interval)
 
     def resume_advice(self) -> str:

@@ -56,6 +56,7 @@ def _train_in_folder(recipe: Recipe, layout: Layout, data: Data, new: bool, allo
     if new:
         run.watchdog.command = "the same command, without --new,"
     with contextlib.closing(run), run.dead_peers_named():
+        run.watchdog.start()
         if resume and not resume.checkpoint.manifest.get("healthy", False):
             run.incidents.check_state()
         run.to_the_end()

@@ -101,6 +101,8 @@ def test_the_end_is_explained_once_whoever_looks_last(monkeypatch, tmp_path):
     monkeypatch.setattr(watchdog, "leave", said.append)
     monkeypatch.setattr(os, "_exit", lambda code: None)
     first, later = (watchdog.Watchdog(SimpleNamespace(rank=rank, world=2), tmp_path, None) for rank in range(2))
+    first.start()
+    later.start()
     first._end(1.0)
     first.stop()
     later._end(1.0)
