@@ -77,7 +77,7 @@ def _loading() -> str:
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)  # the model's code is in this folder
-tokenizer = AutoTokenizer.from_pretrained(folder)
+tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
 ```
 
 Needs torch and transformers alone (tested with transformers {' and '.join(TESTED)}); with the package

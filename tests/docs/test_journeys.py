@@ -15,7 +15,7 @@ from hola_megatron.config import build_recipe, load_recipe
 from hola_megatron.files.yaml_text import parse_yaml
 
 ROOT = Path(__file__).parents[2]
-PAGES = ("continue.md", "watch.md")
+PAGES = ("continue.md", "watch.md", "fine_tuning.md", "serving.md", "troubleshooting.md")
 
 
 def blocks(page: str) -> list[str]:
@@ -44,14 +44,14 @@ def test_every_command_is_real(command):
     elif first == "-m":
         assert words[0] == "hola_megatron.config"
     else:
-        known = help_of(first, *words[:1]) if first == "tools/checkpoint.py" else help_of(first)
+        known = help_of(first, *words[:1]) if first in ("tools/checkpoint.py", "tools/convert.py") else help_of(first)
         assert [word for word in words if word.startswith("--") and word not in known] == []
 
 
 def test_there_are_commands_of_every_journey():
     text = "\n".join(COMMANDS)
     for word in ("init.from=", "train.sequence_length=32768", "init.optimizer=keep", "checkpoint.upload=", "average",
-                 "prune", "fetch", "tools/plot.py", "data.valid="):
+                 "prune", "fetch", "tools/plot.py", "data.valid=", "to-hf", "tools/evaluate.py"):
         assert word in text, word
 
 

@@ -101,6 +101,20 @@ def test_no_document_s_first_token_is_predicted(lm):
     torch.testing.assert_close(summed, expected * sum(counts) / 10, rtol=1e-5, atol=0)
 
 
+@pytest.mark.parametrize("side", ["left", "right"])
+@torch.no_grad()
+def test_padding_predicts_no_first_token(side, lm):
+    """A padded batch has the loss of its documents, whose first tokens follow nothing."""
+    documents = [tokens(1, n, seed=n)[0] for n in (20, 25, 7)]
+    x, labels = torch.zeros(3, 25, dtype=torch.int64), torch.full((3, 25), -100)
+    for row, document in enumerate(documents):
+        place = slice(25 - len(document), None) if side == "left" else slice(0, len(document))
+        x[row, place] = labels[row, place] = document
+    found = lm(x, attention_mask=(labels >= 0).long(), labels=labels).loss
+    each = [(len(d) - 1) * lm(d[None], labels=d[None]).loss for d in documents]
+    torch.testing.assert_close(found, sum(each) / sum(len(d) - 1 for d in documents), rtol=1e-5, atol=0)
+
+
 @torch.no_grad()
 def test_positions_that_only_count_change_nothing(lm):
     x = tokens(2, 20)

@@ -115,11 +115,10 @@ class Packing:
         return flat.index_copy(0, self.index, packed[0]).view(*self.valid.shape, -1)
 
     def without_first_labels(self, labels_BT: Tensor) -> Tensor:
-        """labels [B, T] with the first token of every document ignored: its predecessor is of another document."""
-        if self.position is None:
-            return labels_BT
-        flat = labels_BT.flatten().index_fill(0, self.index[self.position == 0].to(labels_BT.device), IGNORED)
-        return flat.view_as(labels_BT)
+        """labels [B, T] with the first token of every document ignored: its predecessor is of another document, or
+        padding."""
+        first = _row_starts(self.index, labels_BT.shape[1]) if self.position is None else self.position == 0
+        return labels_BT.flatten().index_fill(0, self.index[first].to(labels_BT.device), IGNORED).view_as(labels_BT)
 
 
 def _valid(attention_mask: Tensor | None, columns: int) -> Tensor | None:

@@ -1,4 +1,4 @@
-"""The programs of docs/fine_tuning.md run as they stand there, on a tiny export."""
+"""The programs of docs/fine_tuning.md and docs/serving.md run as they stand there, on a tiny export."""
 
 from __future__ import annotations
 
@@ -15,8 +15,15 @@ from tiny import export, recipe
 
 from hola_megatron.hf.auto import load_model
 
-PAGE = (Path(__file__).parents[2] / "docs/fine_tuning.md").read_text(encoding="utf-8")
-WHOLE, LORA, MERGE = re.findall(r"```python\n(.*?)```", PAGE, re.S)
+DOCS = Path(__file__).parents[2] / "docs"
+
+
+def programs(page: str) -> list[str]:
+    return re.findall(r"```python\n(.*?)```", (DOCS / page).read_text(encoding="utf-8"), re.S)
+
+
+WHOLE, LORA, MERGE = programs("fine_tuning.md")
+(SERVE,) = programs("serving.md")
 
 
 @pytest.fixture
@@ -28,13 +35,14 @@ def place(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def run(program: str, place: Path) -> None:
+def run(program: str, place: Path) -> str:
     environment = os.environ | {"HF_HOME": str(place / "hf"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1",
                                 "CUDA_VISIBLE_DEVICES": ""}
     program = program.replace("max_steps=20", "max_steps=2")
     done = subprocess.run([sys.executable, "-c", program], cwd=place, env=environment, capture_output=True, text=True,
                           timeout=600, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
 
 
 def moved(place: Path, name: str) -> set[str]:
@@ -56,3 +64,8 @@ def test_lora_moves_its_targets_and_nothing_else(place):
     run(before + LORA + "arguments =" + trainer.replace("out/tuned", "out/adapter") + MERGE, place)
     targets = set(re.search(r"TARGETS = \[(.*)\]", LORA).group(1).replace('"', "").split(", "))
     assert moved(place, "merged") == targets
+
+
+def test_a_batch_of_prompts_is_continued(place):
+    shown = run(SERVE, place)
+    assert shown.startswith("ROMEO:") and "\nJULIET:\nO Romeo" in shown
