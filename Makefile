@@ -17,7 +17,8 @@ demo: install
 # Two workers; a file always runs on one of them, and the longest files start first (tests/conftest.py).
 # Triton chooses its interpreter when it is imported, so the interpreted tests have a run of their own.
 WORKERS ?= 2
-PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
+# A worker that dies ends the run: xdist would wait for it for ever.
+PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder --max-worker-restart=0
 
 test: install lint
 	@failed=0; \

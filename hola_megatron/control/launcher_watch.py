@@ -8,6 +8,7 @@ boundary if they can. After GRACE_SECONDS they end in any case, with code 76.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 import threading
@@ -37,16 +38,22 @@ class LauncherWatch:
 
     def notice(self, why: str) -> None:
         """Report that the launcher or its store is lost. Returns at once; the process ends within GRACE_SECONDS."""
+        if self._is_first(why):
+            threading.Thread(target=self._end, name="end without launcher", daemon=True).start()
+
+    def _is_first(self, why: str) -> bool:
         with self._lock:
-            if self.lost is not None:
-                return
-            self.lost = why
-        threading.Thread(target=self._end, name="end without launcher", daemon=True).start()
+            first = self.lost is None
+            if first:
+                self.lost = why
+        return first
 
     def _watch(self, parent: int) -> None:
         while os.getppid() == parent:
             time.sleep(LOOK_SECONDS)
-        self.notice(f"the launcher of this rank (process {parent}) died")
+        # in this thread: a process that is ending, as the other ranks have noticed first, starts no new ones
+        if self._is_first(f"the launcher of this rank (process {parent}) died"):
+            self._end()
 
     def _end(self) -> None:
         if self.can_save:
@@ -62,8 +69,9 @@ LAUNCHER = LauncherWatch()
 def leave(text: str) -> None:
     """Print `text` and end this process with code 76, independent of its main thread and of a blocked stderr."""
     printing = threading.Thread(target=_print, args=(f"LostError: {text}",), daemon=True)
-    printing.start()
-    printing.join(2)  # stderr may be a pipe that nobody reads
+    with contextlib.suppress(RuntimeError):  # no new threads while the interpreter ends
+        printing.start()
+        printing.join(2)  # stderr may be a pipe that nobody reads
     os._exit(EXIT_LOST)
 
 

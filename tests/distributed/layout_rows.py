@@ -162,7 +162,7 @@ def run_rows(rows: dict[str, Row], folder: Path, data: Path, before: Callable[[]
     groups = {ranks: {name: row for name, row in rows.items() if row.ranks == ranks}
               for ranks in sorted({row.ranks for row in rows.values()})}
     with ThreadPoolExecutor(max(len(groups), 1)) as pool:
-        running = [pool.submit(run_on_ranks, main, ranks, folder, group, data, before, common, timeout=500)
+        running = [pool.submit(run_on_ranks, main, ranks, folder, group, data, before, common, timeout=1500)
                    for ranks, group in groups.items()]
     for run in running:
         if run.exception():

@@ -14,7 +14,7 @@ from hola_megatron.checkpoint.folder import find_checkpoint
 from hola_megatron.hf.convert import from_hf, to_hf
 from hola_megatron.hf.verify import TOLERANCE, verify
 
-pytestmark = pytest.mark.distributed
+pytestmark = [pytest.mark.distributed, pytest.mark.timeout(1800)]  # all rows run in one fixture
 
 # four heads, so that four ranks can share them
 HEADS = {"model__heads": 4, "model__key_dim": 8, "model__value_dim": 8, "model__attention_heads": 4}

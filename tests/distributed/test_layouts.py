@@ -39,7 +39,7 @@ from helpers import ROOT, metric_rows
 
 from hola_megatron.data.prepare import PrepareOptions, prepare
 
-pytestmark = pytest.mark.distributed
+pytestmark = [pytest.mark.distributed, pytest.mark.timeout(1800)]  # all rows run in one fixture
 CLIP = 0.5  # below the norm of every step
 BY_HEAD = ("sink", "gate", "A_log", "dt_bias")
 PROBED = ("adamw", "one_sample", "experts", "windows", "late", "routed")

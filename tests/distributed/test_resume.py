@@ -38,7 +38,7 @@ from train.quick_launch import QuickLauncher
 from hola_megatron.config import load_recipe
 from hola_megatron.train.loop import train
 
-pytestmark = pytest.mark.distributed
+pytestmark = [pytest.mark.distributed, pytest.mark.timeout(1800)]  # all rows run in one fixture
 
 KINDS = ("weight", "exp_avg", "exp_avg_sq")
 STEPS, MIDDLE, LAST = 4, "checkpoints/step_00000002", "checkpoints/step_00000004"

@@ -8,6 +8,7 @@ import signal
 import stat
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from functools import partial
@@ -112,6 +113,19 @@ def test_a_suspended_run_goes_on(text_data, tmp_path):
     finally:
         for rank in ranks:
             rank.kill()
+
+
+def test_a_launcher_that_dies_while_the_rank_ends_is_no_traceback(monkeypatch):
+    """The interpreter starts no threads any more: the run has been saved, the rank ends by itself."""
+    watch, ended = launcher_watch.LauncherWatch(), []
+
+    def refuse(self: threading.Thread) -> None:
+        raise RuntimeError("can't create new thread at interpreter shutdown")
+
+    monkeypatch.setattr(launcher_watch.threading.Thread, "start", refuse)
+    monkeypatch.setattr(launcher_watch.os, "_exit", ended.append)
+    watch._watch(os.getppid() + 1)
+    assert ended == [76] and "died" in watch.lost
 
 
 @pytest.mark.parametrize("launcher", ["ours", pytest.param("torchrun", marks=pytest.mark.long)])
