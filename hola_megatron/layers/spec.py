@@ -172,6 +172,10 @@ class LayerKind:
         """Why the Triton kernels do not support layers of this shape; None if they do."""
         return None
 
+    def speed_note(self, model: ModelConfig) -> str | None:
+        """What runs on a GPU have not shown of the plan's speed of these layers; None: it is near that of a run."""
+        return f"{self.name} layers"
+
     def card_text(self, config: dict[str, Any]) -> str:
         """A sentence for an exported model's card about its layers of this kind; config: its config.json."""
         return ""

@@ -96,7 +96,7 @@ def unmeasured(recipe: Recipe, world: int, device: str | None) -> list[str]:
              (train.precision == "fp32", "float32 (counted as bf16)"),
              (recipe.engine == "deepspeed", "engine deepspeed (counted as Megatron's)"),
              (kernels_problem(Share(recipe)) is not None, "layers without Triton kernels"),
-             (any(kind.name not in ("hola", "gdn") for kind in model.layer_kinds), "layers other than hola and gdn"),
+             *((True, text) for kind in distinct(model.layer_kinds) if (text := kind.speed_note(model))),
              (model.hidden_size < 1024, "models narrower than 1024 (runs of width 512 were up to a fifth slower)"),
              (bool(recipe.fp8.recipe) and (parallel.tensor > 1 or model.hidden_size != 2048),
               "fp8 at another width than 2048, or over tensor ranks"),

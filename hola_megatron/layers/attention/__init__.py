@@ -75,6 +75,9 @@ class Attention(LayerKind):
     def saved(self, share: Share) -> list[Term]:
         return costs.saved(share, self, self.window(share.recipe.model))
 
+    def speed_note(self, model: ModelConfig) -> str | None:
+        return None
+
     def workspace(self, share: Share) -> float:
         return costs.workspace(share, self)
 

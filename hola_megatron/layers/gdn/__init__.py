@@ -112,6 +112,9 @@ class GatedDeltaNet(LayerKind):
         """A window of the convolution spans two ranks at most."""
         return max(1, model.conv_width - 1)
 
+    def speed_note(self, model: ModelConfig) -> str | None:
+        return f"{self.name} layers whose state is read late" if model.state_delay else None
+
     def kernel_problem(self, model: ModelConfig) -> str | None:
         if model.key_dim not in KERNEL_WIDTHS or model.value_dim not in KERNEL_WIDTHS:
             return f"key_dim {model.key_dim} or value_dim {model.value_dim} is not one of 64, 128, 256"

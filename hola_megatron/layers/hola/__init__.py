@@ -112,6 +112,11 @@ class Hola(GatedDeltaNet):
             return f"cache.block {model.cache.block} of a window is not a multiple of {WINDOW_COLUMNS}"
         return None
 
+    def speed_note(self, model: ModelConfig) -> str | None:
+        if not is_fused(model) or model.cache.score not in (*STATE_SCORES, *POSITION_SCORES):
+            return "hola layers that are not one fused operation (a run with the score cosine was 23 % slower)"
+        return super().speed_note(model)
+
     def check_sizes(self, recipe: Recipe) -> Iterator[str]:
         yield from super().check_sizes(recipe)
         cache = recipe.model.cache

@@ -26,6 +26,9 @@ class SlidingWindowAttention(Attention):
     fla_role = None
     time_part = "sliding-window attention"
 
+    def speed_note(self, model: ModelConfig) -> str | None:
+        return f"{self.name} layers"
+
     def window(self, model: ModelConfig) -> int:
         return model.attention_window
 
