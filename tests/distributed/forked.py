@@ -15,7 +15,9 @@ from helpers import rank_server
 
 def run_on_ranks(target: Callable[..., None], ranks: int, folder: Path, *arguments: Any, timeout: float = 300,
                  preload: str = "preloaded") -> None:
-    """target(rank, ranks, folder, *arguments) in a process each, with torchrun's variables; `folder` gets its output.
+    """target(rank, ranks, folder, *arguments) in a process each, with torchrun's variables.
+
+    What they print is added to files in `folder` (`log_of`).
 
     preload: what their server imports, in a pytest where nobody has started it before. Ends all of them when one fails
     or the time is over, and shows what they said.
@@ -49,7 +51,7 @@ def _rank(target: Callable[..., None], rank: int, ranks: int, port: int, folder:
 
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(ranks), LOCAL_WORLD_SIZE=str(ranks),
                       MASTER_ADDR="localhost", MASTER_PORT=str(port), TORCHDYNAMO_DISABLE="1")
-    with log_of(folder, ranks, rank).open("w") as output:
+    with log_of(folder, ranks, rank).open("a") as output:
         os.dup2(output.fileno(), 1)
         os.dup2(output.fileno(), 2)
     torch.set_num_threads(1)
