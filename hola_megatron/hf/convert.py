@@ -66,7 +66,7 @@ def to_hf(source: Path, out: Path, options: ExportOptions = ExportOptions(), *,
     """
     check_license(options.license)
     checkpoint = find_checkpoint(source)
-    recipe = build_recipe(checkpoint.run_manifest()["recipe"])
+    recipe = build_recipe(checkpoint.run_manifest()["recipe"], stored=True)
     tokenizer = open_tokenizer(checkpoint.manifest, options.tokenizer or recipe.data.tokenizer)
     with fresh_folder(out, overwrite=options.overwrite, marker=RECORD) as folder:
         pad = tokenizer.eos_id if tokenizer.pad_id is None else tokenizer.pad_id
@@ -178,4 +178,4 @@ def read_record(folder: Path) -> dict[str, Any]:
 def _own_recipe(folder: Path, record: dict[str, Any]) -> Recipe:
     if not record.get("recipe") or not record.get("trainer"):
         raise RecipeError(f"{folder}: carries no recipe (it was not exported from a run); name one with --recipe")
-    return build_recipe(record["recipe"])
+    return build_recipe(record["recipe"], stored=True)

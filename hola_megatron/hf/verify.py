@@ -61,7 +61,7 @@ class Agreement:
 
 def verify(checkpoint: Checkpoint, folder: Path) -> Agreement:
     """Compare a checkpoint with an exported folder. Raises CheckpointError where their logits differ."""
-    recipe = build_recipe(checkpoint.run_manifest()["recipe"])
+    recipe = build_recipe(checkpoint.run_manifest()["recipe"], stored=True)
     config = auto.read_config(folder)
     if problems := differences(asdict(recipe.model), model_section(config)):
         raise CheckpointError(f"{folder}: is a model of another recipe than {checkpoint.path}: {problems[0]}")

@@ -172,7 +172,7 @@ class LayerKind:
         """Why the Triton kernels do not support layers of this shape; None if they do."""
         return None
 
-    def speed_note(self, model: ModelConfig) -> str | None:
+    def speed_note(self, recipe: Recipe) -> str | None:
         """What runs on a GPU have not shown of the plan's speed of these layers; None: it is near that of a run."""
         return f"{self.name} layers"
 

@@ -89,6 +89,7 @@ def estimate_speed(recipe: Recipe, world: int, peak: float, bandwidth: float | N
 def unmeasured(recipe: Recipe, world: int, device: str | None) -> list[str]:
     """What of this layout no run has shown, or runs have shown to be predicted badly."""
     parallel, train, model = recipe.parallel, recipe.train, recipe.model
+    kinds = distinct(model.layer_kinds)
     notes = [(device != "h200", "another device than H200 (scaled by peak and bandwidth)"),
              (world > GPUS_A_NODE or parallel.model_ranks > 4, "more than four GPUs, and any network between nodes"),
              (parallel.pipeline > 1, "pipeline ranks"), (train.optimizer == "muon", "Muon's own products"),
@@ -96,7 +97,8 @@ def unmeasured(recipe: Recipe, world: int, device: str | None) -> list[str]:
              (train.precision == "fp32", "float32 (counted as bf16)"),
              (recipe.engine == "deepspeed", "engine deepspeed (counted as Megatron's)"),
              (kernels_problem(Share(recipe)) is not None, "layers without Triton kernels"),
-             *((True, text) for kind in distinct(model.layer_kinds) if (text := kind.speed_note(model))),
+             *((True, text) for kind in kinds if (text := kind.speed_note(recipe))),
+             (len(kinds) > 1, "layers of several kinds in one model"),
              (model.hidden_size < 1024, "models narrower than 1024 (runs of width 512 were up to a fifth slower)"),
              (bool(recipe.fp8.recipe) and (parallel.tensor > 1 or model.hidden_size != 2048),
               "fp8 at another width than 2048, or over tensor ranks"),

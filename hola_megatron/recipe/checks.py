@@ -21,8 +21,7 @@ def check_recipe(recipe: Recipe, world_size: int | None = None) -> list[str]:
     """All problems of a recipe with valid fields. world_size: number of ranks; None: unknown."""
     problems = [*_check_paths(recipe), *_check_sizes(recipe), *_check_context(recipe), *_check_fp8(recipe),
                 *_check_experts(recipe), *_check_engine(recipe), *_check_cuda_graph(recipe), *_check_training(recipe),
-                *_check_init(recipe), *_check_upload(recipe), *_check_phases(recipe),
-                *_check_without_effect(recipe)]
+                *_check_init(recipe), *_check_upload(recipe), *_check_phases(recipe)]
     return problems if world_size is None else [*problems, *check_world(recipe, world_size)]
 
 
@@ -92,20 +91,25 @@ def _check_sizes(recipe: Recipe) -> Iterator[str]:
                                 "parallel.sequence shards the sequence")
 
 
-def _check_without_effect(recipe: Recipe) -> Iterator[str]:
-    """Fields that belong to another one's value, and have a value of their own."""
+def check_without_effect(recipe: Recipe) -> Iterator[str]:
+    """Problems of fields that belong to another one's value, and have a value of their own."""
+    for name, (value, default, needed) in without_effect(recipe).items():
+        if value != default:
+            yield f"{name}: {value} has no effect without {needed}; leave it out (its default is {default})"
+
+
+def without_effect(recipe: Recipe) -> dict[str, tuple[Any, Any, str]]:
+    """{dotted name: (value, default, what it would need)} of fields that belong to another one's value."""
     model, cache, unused = recipe.model, recipe.model.cache, unused_fields(recipe.model.layer_kinds)
     rows = [("", "delta_steps", "delta_steps" not in unused, "a deltaproduct layer in model.pattern"),
             ("", "state_delay_mode", model.state_delay > 0, "model.state_delay of 1 or more")]
     if "cache" not in unused:
         rows += [("cache.", "gate_init", cache.merge == "add", "model.cache.merge = add"),
                  ("cache.", "router_width", cache.score == "learned", "model.cache.score = learned")]
-    for part, name, is_used, needed in rows:
-        section, of = (cache, CacheConfig) if part else (model, ModelConfig)
-        value, default = getattr(section, name), of.__pydantic_fields__[name].default
-        if not is_used and value != default:
-            yield (f"model.{part}{name}: {value} has no effect without {needed}; leave it out (its default is "
-                   f"{default})")
+    sections = {"": (model, ModelConfig), "cache.": (cache, CacheConfig)}
+    return {f"model.{part}{name}": (getattr(sections[part][0], name),
+                                    sections[part][1].__pydantic_fields__[name].default, needed)
+            for part, name, is_used, needed in rows if not is_used}
 
 
 def _check_context(recipe: Recipe) -> Iterator[str]:

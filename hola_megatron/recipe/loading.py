@@ -17,7 +17,7 @@ from pydantic import TypeAdapter, ValidationError
 from hola_megatron.errors import RecipeError, one_line
 from hola_megatron.files import DamagedFile, FileProblem, MissingFile, read_text
 from hola_megatron.files.yaml_text import parse_yaml
-from hola_megatron.recipe.checks import check_recipe
+from hola_megatron.recipe.checks import check_recipe, check_without_effect
 from hola_megatron.recipe.fields import unknown_keys
 from hola_megatron.recipe.old_names import with_present_names
 from hola_megatron.recipe.problems import describe, drop, field_path, stream_problems, too_large, valid_problems
@@ -43,13 +43,14 @@ def load_recipe(path: str | Path, overrides: list[str] | None = None, *, world_s
 
 
 def build_recipe(values: dict[str, Any], problems: list[str] | None = None, *,
-                 world_size: int | None = None) -> Recipe:
+                 world_size: int | None = None, stored: bool = False) -> Recipe:
     """Build a recipe from plain values and check it.
 
     Args:
         values: {section: {key: value}}, as YAML has it.
         problems: found earlier; they are reported together with new ones.
         world_size: number of processes; None: what depends on it is not checked.
+        stored: they are of a checkpoint or an export, where a field without effect may have any value.
 
     Raises:
         RecipeError: lists every problem.
@@ -72,6 +73,7 @@ def build_recipe(values: dict[str, Any], problems: list[str] | None = None, *,
         problems += _problems_beside(values)
     elif not problems:
         problems += check_recipe(recipe, world_size=world_size)
+        problems += [] if stored else check_without_effect(recipe)
     if problems:
         raise RecipeError(list(dict.fromkeys(problems)))
     return recipe

@@ -51,7 +51,7 @@ def _first_phase(recipe: Recipe, mixture: Mixture, manifest: dict[str, Any]) -> 
         if fingerprint_of([dataset], [CYCLE]) == was:
             return phase([(dataset, name, CYCLE)])
     try:
-        earlier = open_mixture(build_recipe(manifest["recipe"]), recipe.data.cache)
+        earlier = open_mixture(build_recipe(manifest["recipe"], stored=True), recipe.data.cache)
     except (DataError, RecipeError):
         earlier = None
     if earlier is not None and earlier.fingerprint == was:

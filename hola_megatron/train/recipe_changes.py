@@ -8,6 +8,7 @@ from typing import Any
 
 from hola_megatron.checkpoint.folder import Checkpoint
 from hola_megatron.errors import RecipeError
+from hola_megatron.recipe.checks import without_effect
 from hola_megatron.recipe.fields import default_values
 from hola_megatron.recipe.old_names import with_present_names
 from hola_megatron.recipe.schedule import describe_schedule, rate_of
@@ -44,12 +45,12 @@ def changes(recipe: Recipe, checkpoint: Checkpoint, data_fingerprint: str, token
     now = _flat(recipe.to_dict())
     same_data = checkpoint.manifest.get("data_fingerprint") in (None, data_fingerprint)
     same_tokenizer = checkpoint.manifest.get("tokenizer") in (None, tokenizer)
-    found = []
+    found, unused = [], without_effect(recipe)
     for key in sorted(before | now):
         was, wanted = before.get(key), now.get(key)
         if was == wanted:
             continue
-        free = (_is_free(key, recipe) or (key == "train.steps" and _is_longer(was, wanted))
+        free = (_is_free(key, recipe) or key in unused or (key == "train.steps" and _is_longer(was, wanted))
                 or (key in ("data.train", "data.phases") and same_data) or (key == "data.tokenizer" and same_tokenizer))
         found.append(Change(key, was, wanted, free))
     if not same_data:  # None: imported weights that have read no data yet

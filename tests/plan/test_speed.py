@@ -89,6 +89,8 @@ def test_what_no_run_has_shown_is_said():
             ([], 4, "h100", "another device than H200"), (["train.recompute=full"], 4, "h200", "recompute"),
             (["model.key_dim=96"], 4, "h200", "layers without Triton kernels"),
             (["model.pattern=HHHW"], 4, "h200", "swa layers"),
+            (["model.pattern=HHHA"], 4, "h200", "layers of several kinds"),
+            (["model.cache.local=none", "parallel.context=2"], 4, "h200", "not one fused operation"),
             (["fp8.recipe=current"], 4, "h200", "fp8")):
         plan = make_plan(recipe_of("hola_3b", *overrides), dataclasses.replace(H200, gpus=gpus, device=device))
         assert any(said in note for note in plan.unmeasured) and "not measured: " in report(plan), overrides

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -11,6 +12,7 @@ from hola_megatron.config import build_recipe, describe_fields, load_recipe, mai
 from hola_megatron.errors import RecipeError
 from hola_megatron.plan.parameters import parameters_by_part
 from hola_megatron.recipe.checks import check_recipe
+from hola_megatron.train.recipe_changes import changes
 
 RECIPES = sorted((Path(__file__).parent.parent.parent / "recipes").glob("*.yaml"))
 TINY = RECIPES[0].parent / "hola_tiny.yaml"
@@ -285,6 +287,15 @@ def test_the_earlier_name_of_the_rule_still_loads():
      "model.state_delay of 1 or more; leave it out (its default is stream)")])
 def test_a_field_without_effect_is_refused(overrides, said):
     assert refused(*overrides.split()) == [said]
+
+
+def test_a_checkpoint_s_field_without_effect_is_taken_and_free():
+    recipe = load_recipe(TINY)
+    values = recipe.to_dict()
+    values["model"]["delta_steps"] = 3
+    assert build_recipe(values, stored=True).model.delta_steps == 3
+    saved = SimpleNamespace(run_manifest=lambda: {"recipe": values}, manifest={})
+    assert [(change.key, change.free) for change in changes(recipe, saved, "", {})] == [("model.delta_steps", True)]
 
 
 def test_fields_with_effect_and_defaults_are_taken():

@@ -75,7 +75,7 @@ class Attention(LayerKind):
     def saved(self, share: Share) -> list[Term]:
         return costs.saved(share, self, self.window(share.recipe.model))
 
-    def speed_note(self, model: ModelConfig) -> str | None:
+    def speed_note(self, recipe: Recipe) -> str | None:
         return None
 
     def workspace(self, share: Share) -> float:

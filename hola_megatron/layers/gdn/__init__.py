@@ -112,8 +112,8 @@ class GatedDeltaNet(LayerKind):
         """A window of the convolution spans two ranks at most."""
         return max(1, model.conv_width - 1)
 
-    def speed_note(self, model: ModelConfig) -> str | None:
-        return f"{self.name} layers whose state is read late" if model.state_delay else None
+    def speed_note(self, recipe: Recipe) -> str | None:
+        return f"{self.name} layers whose state is read late" if recipe.model.state_delay else None
 
     def kernel_problem(self, model: ModelConfig) -> str | None:
         if model.key_dim not in KERNEL_WIDTHS or model.value_dim not in KERNEL_WIDTHS:

@@ -67,7 +67,7 @@ class Ham(GatedDeltaNet):
     def saved(self, share: Share) -> list[Term]:
         return [*state_costs.saved(share, self), *costs.read_saved(share, self)]
 
-    def speed_note(self, model: ModelConfig) -> str | None:
+    def speed_note(self, recipe: Recipe) -> str | None:
         return "ham layers (runs, of unknown share, were 17 and 22 % slower than predicted)"
 
     def workspace(self, share: Share) -> float:

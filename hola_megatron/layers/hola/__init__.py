@@ -95,7 +95,11 @@ class Hola(GatedDeltaNet):
         if recipe.model.cache.score not in STATE_SCORES:
             yield (f"model.cache.score: {recipe.model.cache.score} is not possible with train.cuda_graph; set it to "
                    "betae, e or betav, or train.cuda_graph to false")
-        if not _is_fused_read(recipe.model.cache):
+        cache = recipe.model.cache
+        if costs.reach(cache) is not None and cache.block % WINDOW_COLUMNS:
+            yield (f"model.cache.block: {cache.block} is not possible with train.cuda_graph and model.cache.local = "
+                   f"{cache.local}; set it to a multiple of {WINDOW_COLUMNS}, or train.cuda_graph to false")
+        elif not _is_fused_read(cache):
             yield ("model.cache: read_norm none, rope_theta and merge other than add are not possible with "
                    "train.cuda_graph; change them, or set train.cuda_graph to false")
 
@@ -112,10 +116,11 @@ class Hola(GatedDeltaNet):
             return f"cache.block {model.cache.block} of a window is not a multiple of {WINDOW_COLUMNS}"
         return None
 
-    def speed_note(self, model: ModelConfig) -> str | None:
-        if not is_fused(model) or model.cache.score not in (*STATE_SCORES, *POSITION_SCORES):
+    def speed_note(self, recipe: Recipe) -> str | None:
+        fused = is_fused_over_ranks if recipe.parallel.context > 1 else is_fused
+        if not fused(recipe.model) or recipe.model.cache.score not in (*STATE_SCORES, *POSITION_SCORES):
             return "hola layers that are not one fused operation (a run with the score cosine was 23 % slower)"
-        return super().speed_note(model)
+        return super().speed_note(recipe)
 
     def check_sizes(self, recipe: Recipe) -> Iterator[str]:
         yield from super().check_sizes(recipe)

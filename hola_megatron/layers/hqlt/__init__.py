@@ -65,7 +65,7 @@ class Hqlt(LayerKind):
     def saved(self, share: Share) -> list[Term]:
         return costs.saved(share, self)
 
-    def speed_note(self, model: ModelConfig) -> str | None:
+    def speed_note(self, recipe: Recipe) -> str | None:
         return "hqlt layers (a run was 28 % slower than predicted)"
 
     def workspace(self, share: Share) -> float:

@@ -13,7 +13,7 @@ from hola_megatron.layers.attention import Attention
 
 if TYPE_CHECKING:
     from hola_megatron.layers.exported.kind_hola import ExportedKind
-    from hola_megatron.layers.recipe_view import ModelConfig
+    from hola_megatron.layers.recipe_view import ModelConfig, Recipe
 
 TELLING = 1024  # of a wider window, this many tokens are compared after an export
 
@@ -26,7 +26,7 @@ class SlidingWindowAttention(Attention):
     fla_role = None
     time_part = "sliding-window attention"
 
-    def speed_note(self, model: ModelConfig) -> str | None:
+    def speed_note(self, recipe: Recipe) -> str | None:
         return f"{self.name} layers"
 
     def window(self, model: ModelConfig) -> int:

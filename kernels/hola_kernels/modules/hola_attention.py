@@ -48,7 +48,7 @@ class HolaAttention(GatedDeltaNet):
                  rope_theta: float | None = None, merge: str = CacheOptions.merge, sink: bool = True,
                  gate_init: float = -4.0, router_width: int = 64, **shared: Any):
         super().__init__(hidden_size, num_heads, key_dim, value_dim, **shared)
-        if self.state_delay_mode != "stream":
+        if self.state_delay and self.state_delay_mode != "stream":
             raise KernelError(f"state_delay_mode: {self.state_delay_mode!r} is for GatedDeltaNet; HolaAttention takes "
                               "'stream'")
         self.options, self.gate_init = CacheOptions(
