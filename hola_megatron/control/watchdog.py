@@ -83,7 +83,9 @@ class Watchdog:
 
     def lost_peer(self, error: RuntimeError) -> LostError:
         """The LostError for a collective that raised `error`; it names the ranks that no longer report, if any."""
-        seen = self._heartbeat.compare() if self._heartbeat else None if self.world > 1 else {}
+        seen: Seen | None = {}
+        if self.world > 1:  # without a heartbeat the store was lost at the start
+            seen = self._heartbeat.compare() if self._heartbeat else None
         after = f"after step {self._mark[0]:,}"
         if seen is None:
             return LostError(f"{self.folder}: {STORE_GONE} {after}; {self.resume_advice()}")

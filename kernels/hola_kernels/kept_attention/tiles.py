@@ -68,7 +68,7 @@ def kept_refusal(q: Tensor, k: Tensor, v: Tensor) -> str | None:
 
 
 def kept_width_refusal(key_dim: int, dtype: torch.dtype) -> str | None:
-    """The same of K on a GPU."""
+    """Why these kernels do not take keys of this width and dtype on a GPU, or None."""
     if dtype == torch.float32 and key_dim < LEAST_FLOAT32:
         return f"kept attention takes K of {LEAST_FLOAT32} and more in float32, not {key_dim}"
     return None
