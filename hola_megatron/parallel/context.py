@@ -143,10 +143,10 @@ def hola_attention_over_ranks(*, q: Tensor, k: Tensor, v: Tensor, log_decay: Ten
              for tokens, cu_seqlens, memory in split_read(read, memory, cp.shard)]
     o_cache = torch.cat(reads, 1) if len(reads) > 1 else reads[0]
     if options.merge == "add":  # the gradient of the output is that of the state's output: it is sent first
-        o = merge_outputs(o_state, o_cache, gate, options.merge)
+        o = merge_outputs(o_state, o_cache, gate, options.merge, backend)
         return SendStateGradient.apply(o, q, k, log_decay, beta, exchange)
     o_state = SendStateGradient.apply(o_state, q, k, log_decay, beta, exchange)
-    return merge_outputs(o_state, o_cache, gate, options.merge)
+    return merge_outputs(o_state, o_cache, gate, options.merge, backend)
 
 
 @torch.no_grad()

@@ -105,9 +105,9 @@ def hola_attention(*, q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, beta: 
     read = {**options.of_the_read, **with_positions(q, k, gamma_q, gamma_k, options, device_cu_seqlens, length),
             "v": routed_values(v, route), "score": rank, "sink": sink, "cu_seqlens": documents, "backend": backend}
     if memory is None:
-        return merge_outputs(o_state, exact_read_only(**read), gate, merge)
+        return merge_outputs(o_state, exact_read_only(**read), gate, merge, backend)
     o_cache, after = exact_read(**read, memory=memory)
-    o = merge_outputs(o_state, o_cache, gate, merge)
+    o = merge_outputs(o_state, o_cache, gate, merge, backend)
     return (o, replace(after, **after_state, rope_theta=rope_theta)) if return_state else o
 
 

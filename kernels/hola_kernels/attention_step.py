@@ -90,7 +90,7 @@ def _step_torch(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, beta: Tensor
     options = replace(options, read_norm=read["read_norm"])
     o_cache = _read_step(read["q"], read["gamma_q"], read["gamma_k"], sink, options, state)
     _close_full_blocks(state)
-    return merge_outputs(o_state, o_cache, gate, options.merge).to(out_dtype)
+    return merge_outputs(o_state, o_cache, gate, options.merge, "torch").to(out_dtype)
 
 
 def _state_refusal(state: HolaState) -> str | None:

@@ -24,7 +24,7 @@ from hola_kernels.verify_jobs import in_processes, visible_gpus
 from hola_kernels.verify_rows import rows_of
 
 OPERATIONS = ("gated_delta", "exact_cache", "kept_attention", "short_conv", "gated_norm", "gates", "rms_norm", "swiglu",
-              "cross_entropy", "rotary", "softmax_attention")
+              "cross_entropy", "rotary", "softmax_attention", "merge")
 Case = tuple[str, Callable[[], dict[str, float]]]
 
 

@@ -221,7 +221,7 @@ def expected_of(exact_inputs: dict[str, Tensor], rank: Tensor, score: str,
                             score=rank.double(), backend="torch")
     cu_seqlens = segments_of(rank, cache["cu_seqlens"])
     exact = rank_tokens(score, written, tokens["v"], tokens["beta"], cu_seqlens, torch.zeros_like(cu_seqlens[1:]))
-    return merge_outputs(o_state, o_cache, exact_inputs["gate"], "add"), exact
+    return merge_outputs(o_state, o_cache, exact_inputs["gate"], "add", "torch"), exact
 
 
 def misplaced(chosen_UHw: Tensor, rank: Tensor, cache: dict[str, Any]) -> float:

@@ -46,6 +46,7 @@ from hola_kernels.gated_delta import triton_rule
 from hola_kernels.gates import decay_and_strength
 from hola_kernels.kept_attention import kept_attention
 from hola_kernels.kept_attention import verify_cases as kept
+from hola_kernels.merge import merge_outputs
 from hola_kernels.options import CacheOptions
 from hola_kernels.rms_norm import rms_norm
 from hola_kernels.rotary import rotary_
@@ -147,6 +148,9 @@ def around(dtype: torch.dtype, width: int) -> None:
                rms_norm(x=zeros(300, channels), weight=zeros(channels), backend="triton"),
                swiglu(x=zeros(300, 2, channels), backend="triton"),
                rotary_(x=zeros(1, 300, 4, width).clone(), base=1e4, backend="triton"),
+               *(merge_outputs(zeros(1, 300, 2, width), zeros(1, 300, 2, width), gate, merge, backend="triton")
+                 for merge, gate in (("add", zeros(2)), ("two", zeros(1, 300, 2, 2)),
+                                     ("convex", zeros(1, 300, 2, width)))),
                *decay_and_strength(x=zeros(1, 300, 8), heads=4, A_log=zeros(4).float(), dt_bias=zeros(4).float(),
                                    backend="triton")]
     for y in outputs:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import sys
+
 import pytest
 import torch
 from inputs import relative_error
+from varlen import stand_in
 
 from hola_kernels import KernelError
-from hola_kernels.hqlt import BLENDS, MIXINGS, hqlt_attention
+from hola_kernels.hqlt import BLENDS, MIXINGS, flash_window, hqlt_attention
 from hola_kernels.modules import HqltAttention, LayerCache
 
 H, K, V, W, D = 2, 8, 12, 16, 24
@@ -85,6 +88,32 @@ def test_float64_is_the_definition_with_every_gradient(blend, mixing, bounds):
     have, expected = (torch.autograd.grad((y * weight).sum(), wanted) for y in (found, want))
     for (name, _), a, b in zip([("x", x), *made.named_parameters()], have, expected, strict=True):
         assert relative_error(a, b) < 1e-9, name
+
+
+@pytest.mark.parametrize("blend", BLENDS)
+@pytest.mark.parametrize(("bounds", "rows"), [((0, 53), 1), ((0, 0, 1, 33, 33, 49, 60, 60), 1), (None, 2)])
+def test_the_window_by_flash_attention_is_the_definition(monkeypatch, blend, bounds, rows):
+    """Its own function has no CPU form: the definition of that one is called instead."""
+    import torch.nn.attention.varlen as varlen
+
+    seen = {}
+    monkeypatch.setattr(varlen, "varlen_attn", stand_in(seen))
+    monkeypatch.setattr(flash_window, "flash_refusal", lambda q, v: None)
+    monkeypatch.setattr(sys.modules["hola_kernels.hqlt"], "choose_backend", lambda *_: "triton")
+    made, x = layer(blend), given((bounds or (60,))[-1], batch=rows).requires_grad_()
+    found = made(x, cu_seqlens=None if bounds is None else torch.tensor(bounds))
+    want = torch.stack([defined(made, row, bounds or (0, 60)) for row in x])
+    assert relative_error(found, want) < 1e-9
+    assert seen["window"] == ((-1, 0) if blend == "delayed_chunk" else (W - 1, 0))
+    wanted = [x, *made.parameters()]
+    have, expected = (torch.autograd.grad(y.square().sum(), wanted) for y in (found, want))
+    assert all(relative_error(a, b) < 1e-9 for a, b in zip(have, expected, strict=True))
+
+
+def test_chunks_are_documents():
+    """Of 5 tokens; as many as there is room for, whatever the lengths."""
+    chunks = flash_window.chunks_of(torch.tensor([0, 0, 7, 8, 18]), 18, 5)
+    assert chunks.host().tolist() == [0, 5, 7, 8, 13, 18, 18, 18] and chunks.max_seqlen == 5
 
 
 @pytest.mark.parametrize("blend", BLENDS)

@@ -10,6 +10,7 @@ import pytest
 import torch
 from inputs import relative_error
 from torch import Tensor
+from varlen import stand_in
 
 from hola_kernels import KernelError, PackedDocuments
 from hola_kernels.softmax_attention import flash_documents, softmax_attention
@@ -167,16 +168,7 @@ def test_the_call_that_flash_attention_gets(bounds, monkeypatch):
     import torch.nn.attention.varlen as varlen
 
     seen = {}
-
-    def stand_in(q, k, v, bounds, key_bounds, longest, longest_keys, *, window_size=(-1, -1), enable_gqa=False):
-        seen.update(window=window_size, gqa=enable_gqa, longest=(longest, longest_keys), shapes=(q.shape, k.shape))
-        window, parts = None if window_size[0] < 0 else window_size[0] + 1, []
-        for (a, b), (c, d) in zip(*(itertools.pairwise(x.tolist()) for x in (bounds, key_bounds)), strict=True):
-            one = {"q": q[None, a:b], "k": k[None, c:d], "v": v[None, c:d]}
-            parts.append(softmax_attention(**one, earlier=d - c - (b - a), window=window, backend="reference")[0])
-        return torch.cat(parts)
-
-    monkeypatch.setattr(varlen, "varlen_attn", stand_in)
+    monkeypatch.setattr(varlen, "varlen_attn", stand_in(seen))
     flash_documents._parameters.cache_clear()
     inputs = make(keys=2, earlier=9)
     documents = PackedDocuments(torch.tensor(bounds))

@@ -27,6 +27,9 @@ ALONE = [["model.pattern=H"], ["model.pattern=G"], ["model.pattern=A"], ["model.
          ["model.pattern=W", "model.attention_kv_heads=2", "model.attention_qk_norm=true"],
          ["model.pattern=ham"], ["model.pattern=ham", "data.documents=joined"],
          ["model.pattern=ham", "model.ham.router=cosine"],
+         ["model.pattern=H", "model.cache.merge=two"], ["model.pattern=H", "model.cache.merge=convex"],
+         ["model.pattern=H", "model.cache.merge=convex", "data.documents=joined"],
+         ["model.pattern=H", "model.cache.read_norm=none"],
          ["model.pattern=H", "model.moe.experts=8", "model.moe.top_k=2", "model.moe.hidden_size=48"],
          ["model.pattern=A", "model.moe.experts=16", "model.moe.top_k=4", "model.moe.hidden_size=64"]]
 TENSOR = [["parallel.tensor=2", "parallel.sequence=true", f"model.pattern={kind}"] for kind in "HA"]

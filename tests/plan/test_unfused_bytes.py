@@ -1,4 +1,4 @@
-"""The plan's bytes of a merge and of rotary positions, against what autograd keeps of 16-bit inputs."""
+"""The plan's bytes of rotary positions, against what autograd keeps of 16-bit inputs."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import pytest
 import torch
 from helpers import ROOT
 
-from hola_kernels.merge import merge_outputs
 from hola_kernels.options import CacheOptions
 from hola_kernels.positions import with_positions
 from hola_megatron.config import load_recipe
@@ -14,7 +13,6 @@ from hola_megatron.layers.costs import Share
 from hola_megatron.layers.hola.costs import saved_unfused
 
 TOKENS, HEADS, WIDTH = 512, 4, 64
-GATES = {"add": (HEADS,), "two": (1, TOKENS, HEADS, 2), "convex": (1, TOKENS, HEADS, WIDTH)}
 
 
 def half(*shape: int) -> torch.Tensor:
@@ -42,13 +40,6 @@ def planned(**cache: object) -> list[float]:
     share, kind = Share(recipe), recipe.model.layer_kinds[0]
     return [term.bytes / (share.tokens * share.heads(kind) * recipe.model.key_dim)
             for term in saved_unfused(share, kind)]
-
-
-@pytest.mark.parametrize("merge", GATES)
-def test_a_merge(merge):
-    state, exact, gate = half(1, TOKENS, HEADS, WIDTH), half(1, TOKENS, HEADS, WIDTH), half(*GATES[merge])
-    measured = kept(lambda: merge_outputs(state, exact, gate, merge), state, exact, gate)
-    assert planned(merge=merge)[0] == pytest.approx(measured, rel=0.05)
 
 
 @pytest.mark.parametrize("read_norm", ["rms", "l2", "none"])

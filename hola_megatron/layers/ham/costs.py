@@ -33,8 +33,7 @@ def read_saved(share: Share, kind: LayerKind) -> list[Term]:
         Term("kernels", "q and k of the exact read", tokens * 2 * key * e),
         Term("kernels", "output of the exact read", tokens * value * e),
         Term("kernels", "log-sums and lists of kept tokens", 3 * tokens * heads * FLOAT32),
-        Term("kernels", "both reads in float32 and their gates",
-             tokens * ((2 * value if e == 2 else value) + 2 * heads) * FLOAT32),
+        Term("kernels", "output of the state and the gates of both reads", tokens * (value + 2 * heads) * e),
     ]
     if model.ham.router == "learned":
         inner = heads * model.ham.router_width

@@ -63,13 +63,17 @@ def read_saved(share: Share, kind: LayerKind) -> list[Term]:
 
 
 def saved_unfused(share: Share, kind: LayerKind) -> list[Term]:
-    """What autograd keeps where state and cache attention are operations of their own, joined by torch.
+    """What is kept where state and cache attention are operations of their own, merged after it.
 
-    Bytes of a number: what autograd keeps besides 16-bit inputs (tests/plan/test_unfused_bytes.py measures them).
+    Rotary positions are torch's: bytes of a number that autograd keeps besides 16-bit inputs
+    (tests/plan/test_unfused_bytes.py measures them).
     """
-    model, tokens, heads = share.recipe.model, share.tokens, share.heads(kind)
-    merged = {"add": 4, "two": 8, "convex": 16}[model.cache.merge]
-    terms = [Term("kernels", "outputs before their merge, and its gates", tokens * heads * model.value_dim * merged)]
+    model, tokens, heads, merge = share.recipe.model, share.tokens, share.heads(kind), share.recipe.model.cache.merge
+    gates = 2 * heads if merge == "two" else 0
+    terms = [Term("kernels", "output of the state, and gates of two",
+                  tokens * (heads * model.value_dim + gates) * share.number)]
+    if merge == "convex" and share.interleaved:  # nothing else keeps the projection; the gates are a section of it
+        terms.append(Term("kernels", "projection", tokens * share.projection(kind) * share.number))
     if model.cache.rope_theta is not None:
         rotated = 9 if model.cache.read_norm == "none" else 17
         terms.append(Term("kernels", "q and k at their positions", tokens * heads * model.key_dim * rotated))

@@ -102,7 +102,8 @@ class Hqlt(LayerKind):
 
     def timed_functions(self) -> Iterator[tuple[str, str, str]]:
         yield "hola_kernels.hqlt", "delayed_delta_rule", "state"
-        yield "hola_megatron.layers.hqlt.mixer", "hqlt_attention", "softmax window and mixing"
+        yield "hola_kernels.hqlt", "_read_window", "softmax window"
+        yield "hola_megatron.layers.hqlt.mixer", "hqlt_attention", "SiLU and mixing"
         yield "hola_megatron.layers.hqlt.mixer", "rms_norm", "output norm"
 
 

@@ -43,10 +43,9 @@ def _chunks(share: Share) -> int:
 
 
 def saved(share: Share, kind: LayerKind) -> list[Term]:
-    """Of SiLU, the delta rule, rotary positions, the banded softmax, the mixing and the norm."""
+    """Of SiLU, the delta rule, the softmax window, the mixing and the norm."""
     model, e, tokens, heads = share.recipe.model, share.number, share.tokens, share.heads(kind)
     key, value, row = heads * model.key_dim, heads * model.value_dim, _row(share)
-    banded = share.sequences * math.ceil(tokens / share.sequences / model.hqlt.window) * model.hqlt.window
     terms = [
         Term("activations", "fused projection q k v mix b", tokens * share.projection(kind) * e),
         Term("activations", "input of the output projection", tokens * value * share.product),
@@ -54,18 +53,28 @@ def saved(share: Share, kind: LayerKind) -> list[Term]:
         Term("kernels", "beta and decay", 2 * row * heads * FLOAT32),
         Term("kernels", "chunk scales, U and P",
              _chunks(share) * heads * (SCALES * CHUNK * FLOAT32 + 2 * CHUNK * CHUNK * e)),
-        Term("kernels", "bands of q k v and their softmax", banded * (3 * key + 3 * value) * e),
-        Term("kernels", "log-sums of the softmax", banded * heads * FLOAT32),
-        Term("kernels", "cosines and sines, mask",
-             tokens * model.key_dim * FLOAT32 + 2 * banded * model.hqlt.window),
-        Term("kernels", "both reads in float32 and their gate",
-             tokens * value * FLOAT32 * {"sum": 0, "scalar": 2, "vector": 4}[model.hqlt.mixing]),
+        *_window_saved(share, heads),
+        Term("kernels", "outputs of the state and of the window, and small gates",
+             tokens * {"sum": 0, "scalar": 2 * value + 2 * heads, "vector": 2 * value}[model.hqlt.mixing] * e),
         Term("kernels", "mixer output before its norm", tokens * value * e),
     ]
     if e == 2 and max(model.key_dim, model.value_dim) <= SAVED_STATE_WIDTH:
         states = _chunks(share) * heads * model.key_dim * model.value_dim * e
         terms.append(Term("kernels", "chunk states and residuals", states + row * value * e))
     return terms
+
+
+def _window_saved(share: Share, heads: int) -> list[Term]:
+    """Of rotary positions and the softmax: by flash attention in 16 bits, else in bands."""
+    model, e, window = share.recipe.model, share.number, share.recipe.model.hqlt.window
+    key, value = heads * model.key_dim, heads * model.value_dim
+    if e == 2 and model.key_dim == model.value_dim:
+        return [Term("kernels", "rotated q and k", share.tokens * 2 * key * e),
+                Term("kernels", "log-sums of the softmax", share.tokens * heads * FLOAT32)]
+    banded = share.sequences * math.ceil(share.tokens / share.sequences / window) * window
+    return [Term("kernels", "bands of q k v and their softmax", banded * (3 * key + 3 * value) * e),
+            Term("kernels", "log-sums of the softmax", banded * heads * FLOAT32),
+            Term("kernels", "cosines and sines, mask", share.tokens * model.key_dim * FLOAT32 + 2 * banded * window)]
 
 
 def workspace(share: Share, kind: LayerKind) -> float:

@@ -24,9 +24,9 @@ from hola_kernels.checks import check_floating, check_tokens, check_vectors
 from hola_kernels.errors import KernelError
 from hola_kernels.gated_delta import gated_delta_rule
 from hola_kernels.gated_delta.residual import gated_delta_residual
-from hola_kernels.hqlt import mixed
 from hola_kernels.kept_attention import kept_attention
 from hola_kernels.kept_attention.controller import cosine_score
+from hola_kernels.merge import merge_outputs
 from hola_kernels.norms import RMS_EPS, compute_dtype, rms_normalize
 from hola_kernels.operation import operation
 from hola_kernels.packed import PackedDocuments, check_max_seqlen, documents_of
@@ -65,7 +65,7 @@ def ham_attention(*, q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, beta: T
     keep = score >= threshold.to(score.dtype)
     q, k = read_normed(q, k, gamma_q, gamma_k, backend)
     o_exact = kept_attention(q=q, k=k, v=v, keep=keep, log_weight=log_weight, cu_seqlens=documents, backend=backend)
-    return mixed(o_state, o_exact, mix, "scalar"), keep, score
+    return merge_outputs(o_state, o_exact, mix, "two", backend), keep, score
 
 
 def routing_score(v: Tensor, residual: Tensor | None, route: Tensor | None) -> tuple[Tensor, Tensor | None]:

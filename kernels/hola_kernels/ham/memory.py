@@ -13,8 +13,8 @@ from hola_kernels.gated_delta import gated_delta_rule
 from hola_kernels.gated_delta.residual import gated_delta_residual
 from hola_kernels.gated_delta.step import gated_delta_step
 from hola_kernels.ham import check_ham, read_normed, routing_score
-from hola_kernels.hqlt import mixed
 from hola_kernels.kept_attention import KeptTokens, kept_attention, kept_attention_step
+from hola_kernels.merge import merge_outputs
 from hola_kernels.norms import compute_dtype, l2_normalize
 from hola_kernels.operation import operation
 from hola_kernels.packed import PackedDocuments, documents_of
@@ -71,7 +71,7 @@ def ham_attention_onward(*, q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, 
         o_exact = kept_attention(**read, state=memory.kept, backend=backend)
     else:
         o_exact = _read_in_rows(read, segments_of(q, documents), memory.kept, backend)
-    return mixed(o_state, o_exact, mix, "scalar")
+    return merge_outputs(o_state, o_exact, mix, "two", backend)
 
 
 def _read_in_rows(read: dict[str, Tensor | None], bounds: Tensor, kept: KeptTokens, backend: str) -> Tensor:
@@ -114,7 +114,7 @@ def ham_attention_step(*, q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, be
     q, k = read_normed(q, k, gamma_q, gamma_k, backend)
     o_exact = kept_attention_step(q=q, k=k, v=v, keep=score >= threshold.to(score.dtype), log_weight=log_weight,
                                   state=memory.kept, backend=backend)
-    return mixed(o_state, o_exact, mix, "scalar")
+    return merge_outputs(o_state, o_exact, mix, "two", backend)
 
 
 __all__ = ["HamState", "ham_attention_onward", "ham_attention_step"]

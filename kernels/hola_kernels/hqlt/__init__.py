@@ -21,16 +21,18 @@ A delayed write has the write strength of its own token (the authors' code takes
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from hola_kernels.backend import choose_backend
 from hola_kernels.checks import check_floating, check_tokens, segments_of
 from hola_kernels.errors import KernelError
 from hola_kernels.hqlt.window import Bands, rope_dtype
 from hola_kernels.memo import memoise
 from hola_kernels.merge import merge_outputs
-from hola_kernels.norms import compute_dtype
 from hola_kernels.operation import operation
 from hola_kernels.packed import PackedDocuments, check_max_seqlen, documents_of
 from hola_kernels.state_delay import delayed_delta_rule
@@ -49,7 +51,8 @@ def hqlt_attention(*, q: Tensor, k: Tensor, v: Tensor, beta: Tensor, mix: Tensor
     q, k [B, T, H, K] with an even K and v [B, T, H, V]: as projected (SiLU, norms and positions are applied here).
     beta [B, T, H] in (0, 2). mix: what the mixing's sigmoids take, [B, T, H, 2] for "scalar" (of the state, of the
     softmax), [B, T, H, V] for "vector", None for "sum". window: W, in tokens. rope_theta: base of the rotary positions.
-    cu_seqlens, max_seqlen, backend: as in `gated_delta_rule`; the softmax part is scaled_dot_product_attention.
+    cu_seqlens, max_seqlen, backend: as in `gated_delta_rule`. The Triton backend reads the window by flash attention
+    where that takes the dtype and the widths, else, as the others, scaled_dot_product_attention reads bands of it.
     Raises KernelError.
     """
     check_tokens(q, k, v, beta=beta)
@@ -63,12 +66,29 @@ def hqlt_attention(*, q: Tensor, k: Tensor, v: Tensor, beta: Tensor, mix: Tensor
     o_state, _ = delayed_delta_rule(
         q=F.silu(q), k=F.silu(k), v=v, log_decay=torch.zeros_like(beta), beta=beta, delay=delay, mode=mode,
         cu_seqlens=documents, max_seqlen=max_seqlen, backend=backend)
+    o_soft = _read_window(q, k, v, documents, backend, window=window, chunked=blend == "delayed_chunk",
+                          rope_theta=rope_theta)
+    return mixed(o_state, o_soft, mix, mixing, backend)
+
+
+def _read_window(q: Tensor, k: Tensor, v: Tensor, documents: PackedDocuments | None, backend: str,
+                 **how: Any) -> Tensor:
+    """o_soft [B, T, H, V]; how: window, chunked and rope_theta."""
     bounds, tokens = segments_of(q, documents), q.shape[0] * q.shape[1]
-    choices = {"window": window, "chunked": blend == "delayed_chunk", "key_dim": q.shape[-1],
-               "rope_theta": rope_theta, "dtype": rope_dtype(q)}
-    bands = memoise(bounds, ("hqlt", tokens, *choices.values()), lambda: _bands(bounds, tokens, choices))
-    o_soft = bands.attend(*(x.flatten(0, 1) for x in (q, k, v))).view(v.shape)
-    return mixed(o_state, o_soft, mix, mixing)
+    if choose_backend(backend, q.device) == "triton":
+        o = _flash_window(q, k, v, documents, bounds, how)
+        if o is not None:
+            return o
+    how |= {"key_dim": q.shape[-1], "dtype": rope_dtype(q)}
+    bands = memoise(bounds, ("hqlt", tokens, *how.values()), lambda: _bands(bounds, tokens, how))
+    return bands.attend(*(x.flatten(0, 1) for x in (q, k, v))).view(v.shape)
+
+
+def _flash_window(q: Tensor, k: Tensor, v: Tensor, documents: PackedDocuments | None, bounds: Tensor,
+                  how: dict[str, Any]) -> Tensor | None:
+    from hola_kernels.hqlt.flash_window import flash_window  # not part of exported models
+
+    return flash_window(q, k, v, documents, bounds, **how)
 
 
 def check_hqlt(blend: str, mixing: str, window: int, rope_theta: float, q: Tensor, v: Tensor,
@@ -94,12 +114,11 @@ def delay_of(blend: str, window: int) -> tuple[int, str]:
     return (0 if blend == "sync" else window), ("chunk" if blend == "delayed_chunk" else "stream")
 
 
-def mixed(o_state: Tensor, o_soft: Tensor, mix: Tensor | None, mixing: str) -> Tensor:
+def mixed(o_state: Tensor, o_soft: Tensor, mix: Tensor | None, mixing: str, backend: str) -> Tensor:
     """The two reads joined, computed in float32 (float64) and returned in the dtype of o_soft."""
     if mixing == "sum":
-        compute = compute_dtype(o_soft)
-        return (o_state.to(compute) + o_soft.to(compute)).to(o_soft.dtype)
-    return merge_outputs(o_state, o_soft, mix, {"scalar": "two", "vector": "convex"}[mixing])
+        return (o_state + o_soft).to(o_soft.dtype)  # torch adds 16-bit numbers in float32
+    return merge_outputs(o_state, o_soft, mix, {"scalar": "two", "vector": "convex"}[mixing], backend)
 
 
 def _bands(bounds: Tensor, tokens: int, choices: dict) -> Bands:

@@ -94,7 +94,7 @@ def hqlt_attention_onward(*, q: Tensor, k: Tensor, v: Tensor, beta: Tensor, mix:
         o_state, _, state = gated_delta_rule(**rule, cu_seqlens=documents, initial_state=memory.state, backend=backend)
         read = memory.read
     after = HqltState(state, read, *(x[ext.ring] for x in (keys, values, strength)), memory.length + bounds.diff())
-    return mixed(o_state, o_soft, mix, mixing), after
+    return mixed(o_state, o_soft, mix, mixing, backend), after
 
 
 @operation
@@ -120,7 +120,7 @@ def hqlt_attention_step(*, q: Tensor, k: Tensor, v: Tensor, beta: Tensor, mix: T
         held[row, index] = new.to(held.dtype)
     o_soft = _read_ring(q, memory, rope_theta, blend == "delayed_chunk")
     memory.length += 1
-    return mixed(o_state, o_soft.to(v.dtype), mix, mixing)
+    return mixed(o_state, o_soft.to(v.dtype), mix, mixing, backend)
 
 
 def _read_ring(q_NHK: Tensor, memory: HqltState, rope_theta: float, chunked: bool) -> Tensor:

@@ -12,16 +12,20 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from hola_kernels.backend import choose_backend
 from hola_kernels.checks import check_floating
 from hola_kernels.errors import KernelError
 from hola_kernels.norms import compute_dtype
 
 
-def merge_outputs(o_state: Tensor, o_exact: Tensor, gate: Tensor, merge: str) -> Tensor:
+def merge_outputs(o_state: Tensor, o_exact: Tensor, gate: Tensor, merge: str, backend: str = "auto") -> Tensor:
     """o [..., H, V] of two outputs of this shape, computed in float32 (float64) and returned in the dtype of o_exact.
 
-    gate, merge: as above.
+    gate, merge: as above. The Triton backend reads each output once and saves nothing but its inputs.
     """
+    refusal = "the merge of two outputs does not take float64" if compute_dtype(o_exact).itemsize == 8 else None
+    if choose_backend(backend, o_exact.device, refusal) == "triton" and o_exact.numel():
+        return _merge_triton(o_state, o_exact, gate, merge)
     compute = compute_dtype(o_exact)
     state, exact, weight = o_state.to(compute), o_exact.to(compute), gate.to(compute).sigmoid()
     if merge == "add":
@@ -31,6 +35,12 @@ def merge_outputs(o_state: Tensor, o_exact: Tensor, gate: Tensor, merge: str) ->
     else:
         o = weight * state + (1 - weight) * exact
     return o.to(o_exact.dtype)
+
+
+def _merge_triton(o_state: Tensor, o_exact: Tensor, gate: Tensor, merge: str) -> Tensor:
+    from hola_kernels.merge.triton_rows import merge_triton  # on first use: triton may be missing
+
+    return merge_triton(o_state, o_exact, gate, merge)
 
 
 def check_gate(gate: Tensor, v: Tensor, merge: str) -> None:
