@@ -206,7 +206,7 @@ class HolaConfigFile(TransformersConfig):
     key_dim: Size = 256
     value_dim: Size = 256
     conv_width: Size = 4
-    rule: Literal["gdn", "delta"] | None = None
+    rule: Literal["gdn", "delta", "none"] | None = None
     decay: bool | None = None
     beta_range: Literal[1, 2] = 1
     delta_steps: Size = 2

@@ -19,8 +19,9 @@ class HolaConfig(PretrainedConfig):
         hqlt, ham and deltaproduct (by name).
     num_heads, key_dim, value_dim, conv_width: heads of hola, gdn and ham layers, widths of one head, width of the short
         convolution.
-    rule, beta_range: what their state does, "gdn" (it decays) or "delta" (it does not: DeltaNet); what the sigmoid of
-        the write strength is multiplied by, 1 or 2. decay: an earlier name, True for "gdn" and False for "delta".
+    rule, beta_range: what their state does, "gdn" (it decays), "delta" (it does not: DeltaNet) or "none" (hola layers
+        have no state); what the sigmoid of the write strength is multiplied by, 1 or 2. decay: an earlier name, True
+        for "gdn" and False for "delta".
     delta_steps: writes a token of deltaproduct layers.
     state_delay, state_delay_mode: how late hola and gdn layers read their state, in tokens, and how ("stream", or
         "chunk": gdn layers alone).

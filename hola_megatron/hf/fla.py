@@ -193,7 +193,8 @@ def config_to_fla(folder: Path, config: HolaConfig) -> dict[str, Any]:
     reasons = {"its layers have an exact cache": "delta rule with cache" in roles,
                "it has no Gated DeltaNet layer": "delta rule" not in roles,
                "it has layers of another kind": None in roles,
-               "its state does not decay": config.rule != "gdn",
+               "its state does not decay": config.rule == "delta",
+               "it has no state": config.rule == "none",
                "its state is read late": config.state_delay > 0,
                "its softmax attention has no positions": "softmax" in roles and config.rope_theta is None,
                "its softmax attention norms queries and keys": "softmax" in roles and config.attention_qk_norm}

@@ -101,10 +101,13 @@ def check_without_effect(recipe: Recipe) -> Iterator[str]:
 def without_effect(recipe: Recipe) -> dict[str, tuple[Any, Any, str]]:
     """{dotted name: (value, default, what it would need)} of fields that belong to another one's value."""
     model, cache, unused = recipe.model, recipe.model.cache, unused_fields(recipe.model.layer_kinds)
+    has_state, a_state = model.rule != "none", "model.rule = gdn or delta"
     rows = [("", "delta_steps", "delta_steps" not in unused, "a deltaproduct layer in model.pattern"),
+            ("", "beta_range", has_state, a_state),
             ("", "state_delay_mode", model.state_delay > 0, "model.state_delay of 1 or more")]
     if "cache" not in unused:
-        rows += [("cache.", "gate_init", cache.merge == "add", "model.cache.merge = add"),
+        rows += [("cache.", "gate_init", cache.merge == "add" and has_state,
+                  "model.cache.merge = add" if has_state else a_state),
                  ("cache.", "router_width", cache.score == "learned", "model.cache.score = learned")]
     sections = {"": (model, ModelConfig), "cache.": (cache, CacheConfig)}
     return {f"model.{part}{name}": (getattr(sections[part][0], name),

@@ -70,8 +70,6 @@ def describe(error: ValidationError) -> list[str]:
         advice = _ADVICE.get(found["type"]) or found["msg"][0].lower() + found["msg"][1:]
         if found["type"] == "string_type" and isinstance(found["input"], (bool, int, float)):
             advice += ", in quotes where YAML would read it as something else"
-        if path == "model.rule" and found["input"] in ("none", None):
-            advice += "; softmax attention without a state is a layer of kind swa or attention (model.pattern=W or A)"
         problems.append(f"{path}: {shown(found['input'])} is not allowed; {advice}")
     return problems
 

@@ -105,8 +105,9 @@ class ModelConfig:
     key_dim: int = Field(ge=8, description="key and query width of one head")
     value_dim: int = Field(ge=8, description="value width of one head")
     conv_width: int = Field(4, ge=1, description="width of the short convolution, in tokens")
-    rule: Literal["gdn", "delta"] = Field("gdn", description=(
-        "what the state of H and G layers does: gdn decays (Gated DeltaNet), delta never decays (DeltaNet)"))
+    rule: Literal["gdn", "delta", "none"] = Field("gdn", description=(
+        "what the state of H and G layers does: gdn decays (Gated DeltaNet), delta never decays (DeltaNet); none: H "
+        "layers have no state, the exact part alone, with score recency, random, betav or learned (or slots: 0)"))
     beta_range: Literal[1, 2] = Field(1, description=(
         "write strength: beta = beta_range x sigmoid; 2 allows negative eigenvalues"))
     delta_steps: int = Field(2, ge=1, description="deltaproduct layers: writes of the delta rule a token")

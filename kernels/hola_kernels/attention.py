@@ -4,6 +4,7 @@
 o_state is the gated delta rule; o_cache a sharp softmax over the w tokens of earlier
 blocks that changed the state most, the token's local part, and a sink. The cache's
 choice comes from the state's own residual, so the two parts share one pass.
+`exact_attention` is o_cache alone, without a state.
 Source: arXiv 2607.02303.
 """
 
@@ -35,7 +36,7 @@ from hola_kernels.memo import memoise
 from hola_kernels.merge import check_gate, merge_outputs
 from hola_kernels.norms import compute_dtype
 from hola_kernels.operation import operation
-from hola_kernels.options import POSITION_SCORES, STATE_SCORES, CacheOptions
+from hola_kernels.options import POSITION_SCORES, STATE_SCORES, STATELESS_SCORES, CacheOptions
 from hola_kernels.packed import PackedDocuments, check_max_seqlen, documents_of
 from hola_kernels.positions import check_positions, token_positions, with_positions
 from hola_kernels.segments import rows_as_segments
@@ -163,6 +164,61 @@ def _fused(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, beta: Tensor, gam
         host_cu_seqlens=host_cu_seqlens, device_cu_seqlens=device_cu_seqlens, equal_length=equal_length,
         max_seqlen=max_seqlen, rank_MH=rank)
     return o.view(v.shape)
+
+
+@operation
+def exact_attention(*, q: Tensor, k: Tensor, v: Tensor, gamma_q: Tensor, gamma_k: Tensor, sink: Tensor | None,
+                    block: int = CacheOptions.block, slots: int = CacheOptions.slots, score: str = "recency",
+                    read_norm: str = CacheOptions.read_norm, local: str = CacheOptions.local, window: int | None = None,
+                    rope_theta: float | None = None, route: Tensor | None = None,
+                    cu_seqlens: Tensor | PackedDocuments | None = None, state: HolaState | None = None,
+                    return_state: bool = False, backend: str = "auto") -> Tensor | tuple[Tensor, HolaState]:
+    """The exact part of `hola_attention` as all there is: slots, local part and sink, no recurrent state, no merge.
+
+    The arguments are those of hola_attention. score: "recency", "random", "learned", or "betav", which is norm(v) here:
+    nothing is written, so there is no write strength. Without slots nothing is ranked, and any score is taken.
+    state: a memory that this operation has returned, or one made with `HolaState.empty(..., recurrent=False)`.
+
+    Returns o [B, T, H, V] in v's dtype, and with return_state the memory after the last token.
+    Raises KernelError naming the argument that does not fit.
+    """
+    options = CacheOptions(block, slots, score, read_norm, local, window, rope_theta)
+    q, k = per_value_head(q, k, v)
+    check_tokens(q, k, v)
+    check_read_parameters(q, gamma_q, gamma_k, sink)
+    check_positions(q, options)
+    check_route(route, q.shape[:3], options)
+    documents = documents_of(q, cu_seqlens, read=False)
+    bounds = segments_of(q, documents)
+    sequences = bounds.numel() - 1
+    memory = None
+    if return_state or state is not None:
+        memory = check_layer_memory(state, sequences, k, v, options, recurrent=False)
+    length = bounds.new_zeros(sequences) if memory is None else memory.length
+    read = {**options.of_the_read, **with_positions(q, k, gamma_q, gamma_k, options, bounds, length),
+            "v": routed_values(v, route), "score": rank_without_state(v, options, bounds, length, route=route),
+            "sink": sink, "cu_seqlens": documents, "backend": backend}
+    if memory is None:
+        return exact_read_only(**read)
+    o, after = exact_read(**read, memory=memory)
+    return (o, replace(after, rope_theta=rope_theta)) if return_state else o
+
+
+def rank_without_state(v: Tensor, options: CacheOptions, cu_seqlens: Tensor, length: Tensor, *,
+                       route: Tensor | None = None) -> Tensor:
+    """`rank_tokens` where there is no state: v [B, T, H, V] -> [B, T, H]."""
+    one = torch.ones(v.shape[:3], dtype=compute_dtype(v), device=v.device)
+    return rank_tokens(stateless_score(options), one, v, one, cu_seqlens, length, route=route)
+
+
+def stateless_score(options: CacheOptions) -> str:
+    """The score that ranks tokens where there is no state; KernelError for one that is made from a state."""
+    if not options.slots:
+        return "recency"  # nothing is ranked
+    if options.score not in STATELESS_SCORES:
+        raise KernelError(f"score: {options.score!r} is of a recurrent state; without one it is one of "
+                          f"{', '.join(STATELESS_SCORES)}, or slots is 0")
+    return options.score
 
 
 @torch.no_grad()

@@ -1,7 +1,8 @@
 """One decoded token of hola_attention: the memory is read, and brought up to date in place.
 
 `backend="triton"` is three launches (triton_attention_step) that depend on no length and read nothing on the host;
-"torch" is the same in plain operations, and looks on the host for blocks that are full.
+"torch" is the same in plain operations, and looks on the host for blocks that are full. exact_attention has the latter
+alone.
 """
 
 from __future__ import annotations
@@ -11,9 +12,16 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from hola_kernels.attention import check_route, rank_token
+from hola_kernels.attention import check_route, rank_token, stateless_score
 from hola_kernels.backend import choose_backend
-from hola_kernels.checks import check_is_memory, check_layer_memory, check_read_parameters, check_step, check_writable
+from hola_kernels.checks import (
+    check_is_memory,
+    check_layer_memory,
+    check_read_parameters,
+    check_step,
+    check_token,
+    check_writable,
+)
 from hola_kernels.exact_cache import block_refusal
 from hola_kernels.gated_delta.residual import gated_delta_residual
 from hola_kernels.gated_delta.step import gated_delta_step, step_refusal
@@ -85,12 +93,48 @@ def _step_torch(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, beta: Tensor
         o_state = delayed_delta_step(**token, memory=state.late, delay=options.state_delay, mode="stream",
                                      backend="torch")
     rank = rank_token(options.score, written, v, beta, state.length, residual=residual, route=route)
+    o_cache = _exact_step(q, k, v, rank, gamma_q, gamma_k, sink, options, state)
+    return merge_outputs(o_state, o_cache, gate, options.merge, "torch").to(out_dtype)
+
+
+@operation
+@torch.no_grad()
+def exact_attention_step(*, q: Tensor, k: Tensor, v: Tensor, gamma_q: Tensor, gamma_k: Tensor, sink: Tensor | None,
+                         state: HolaState, score: str = "recency", read_norm: str = CacheOptions.read_norm,
+                         local: str = CacheOptions.local, window: int | None = None, rope_theta: float | None = None,
+                         route: Tensor | None = None, backend: str = "auto") -> Tensor:
+    """One decoded token of `exact_attention` for each of N sequences; `state` is updated in place.
+
+    q, k [N, H, K], v [N, H, V], route [N, H]; the rest as in exact_attention. There are no Triton launches for it:
+    "auto" takes torch. Returns o [N, H, V] in v's dtype. Raises KernelError.
+    """
+    check_is_memory(state)
+    options = CacheOptions(state.block, state.slots, score, read_norm, local, window, rope_theta)
+    check_token(q, k, v)
+    check_layer_memory(state, q.shape[0], k, v, options, recurrent=False)
+    check_writable(**{f"state.{name}": held for name, held in state.tensors().items()})
+    check_read_parameters(q, gamma_q, gamma_k, sink)
+    check_positions(q, options)
+    check_route(route, q.shape[:2], options)
+    choose_backend(backend, q.device, "one token without a state is computed by torch")
+    compute = compute_dtype(v)
+    one = torch.ones(v.shape[:2], dtype=compute, device=v.device)
+    rank = rank_token(stateless_score(options), one, v, one, state.length, route=route)
+    if not q.shape[0]:
+        return v.clone()
+    return _exact_step(q.to(compute), k.to(compute), v.to(compute), rank, gamma_q, gamma_k, sink, options,
+                       state).to(v.dtype)
+
+
+def _exact_step(q: Tensor, k: Tensor, v: Tensor, rank: Tensor, gamma_q: Tensor, gamma_k: Tensor, sink: Tensor | None,
+                options: CacheOptions, state: HolaState) -> Tensor:
+    """o_cache [N, H, V] of one token, which the memory then has."""
     read = read_tokens(q, k, gamma_q, gamma_k, options, state.length)
     _append(state, read["k"], v, rank)
     options = replace(options, read_norm=read["read_norm"])
     o_cache = _read_step(read["q"], read["gamma_q"], read["gamma_k"], sink, options, state)
     _close_full_blocks(state)
-    return merge_outputs(o_state, o_cache, gate, options.merge, "torch").to(out_dtype)
+    return o_cache
 
 
 def _state_refusal(state: HolaState) -> str | None:

@@ -50,18 +50,24 @@ def check_scale(scale: float | None) -> None:
 
 def check_step(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, beta: Tensor, state: Tensor) -> None:
     """q, k [N, H, K], v [N, H, V], log_decay and beta [N, H] of one token, state [N, H, K, V]."""
-    if q.ndim != 3 or q.shape != k.shape:
-        raise KernelError(f"q {tuple(q.shape)} and k {tuple(k.shape)} must be the same [N, H, K]")
-    if v.ndim != 3 or v.shape[:2] != q.shape[:2]:
-        raise KernelError(f"v {tuple(v.shape)} must be [N, H, V] with the N, H of q {tuple(q.shape)}")
-    _check_sizes(q, v)
-    check_floating(q=q, k=k, v=v, log_decay=log_decay, beta=beta, state=state)
+    check_token(q, k, v)
+    check_floating(log_decay=log_decay, beta=beta, state=state)
     for name, x in (("log_decay", log_decay), ("beta", beta)):
         if x.shape != q.shape[:2]:
             raise KernelError(f"{name} {tuple(x.shape)} must be [N, H] = {tuple(q.shape[:2])}")
     if state.shape != (*q.shape, v.shape[2]):
         raise KernelError(f"state {tuple(state.shape)} must be [N, H, K, V] = {(*q.shape, v.shape[2])}")
     check_writable(state=state)
+
+
+def check_token(q: Tensor, k: Tensor, v: Tensor) -> None:
+    """q, k [N, H, K], v [N, H, V] of one token."""
+    if q.ndim != 3 or q.shape != k.shape:
+        raise KernelError(f"q {tuple(q.shape)} and k {tuple(k.shape)} must be the same [N, H, K]")
+    if v.ndim != 3 or v.shape[:2] != q.shape[:2]:
+        raise KernelError(f"v {tuple(v.shape)} must be [N, H, V] with the N, H of q {tuple(q.shape)}")
+    _check_sizes(q, v)
+    check_floating(q=q, k=k, v=v)
 
 
 def _check_sizes(q: Tensor, v: Tensor) -> None:
@@ -150,7 +156,8 @@ def check_memory(memory: HolaState | None, sequences: int, k: Tensor, v: Tensor,
         names = "sequences, H, slots, K, V, block, window_blocks"
         raise KernelError(f"state has ({names}) = {have}, the call needs {want}")
     open_tokens = (1 + window_blocks) * block
-    shapes = {"state": (sequences, heads, key_dim, value_dim), "cache_k": (sequences, heads, slots, key_dim),
+    rows = key_dim if memory.recurrent else 0
+    shapes = {"state": (sequences, heads, rows, value_dim), "cache_k": (sequences, heads, slots, key_dim),
               "cache_v": (sequences, heads, slots, value_dim), "cache_score": (sequences, heads, slots),
               "cache_position": (sequences, heads, slots), "open_k": (sequences, open_tokens, heads, key_dim),
               "open_v": (sequences, open_tokens, heads, value_dim), "open_score": (sequences, open_tokens, heads),
@@ -166,17 +173,18 @@ def check_memory(memory: HolaState | None, sequences: int, k: Tensor, v: Tensor,
 
 
 def check_layer_memory(memory: HolaState | None, sequences: int, k: Tensor, v: Tensor,
-                       options: CacheOptions) -> HolaState:
-    """`check_memory` of a layer's whole memory: its keys' positions and its delayed state as well."""
+                       options: CacheOptions, *, recurrent: bool = True) -> HolaState:
+    """`check_memory` of a layer's whole memory: its keys' positions, and its state, delayed or none, as well."""
     if memory is None:
         return HolaState.empty(sequences, *k.shape[-2:], v.shape[-1], block=options.block, slots=options.slots,
                                window_blocks=options.window_blocks, rope_theta=options.rope_theta,
-                               state_delay=options.state_delay, dtype=v.dtype, device=v.device)
+                               state_delay=options.state_delay, recurrent=recurrent, dtype=v.dtype, device=v.device)
     memory = check_memory(memory, sequences, k, v, options)
-    for name in ("rope_theta", "state_delay"):
-        if getattr(memory, name) != getattr(options, name):
-            raise KernelError(f"state was written with {name} = {getattr(memory, name)}, the call has "
-                              f"{getattr(options, name)}; a memory goes on as it was begun")
+    asked = {"recurrent": recurrent, "rope_theta": options.rope_theta, "state_delay": options.state_delay}
+    for name, value in asked.items():
+        if getattr(memory, name) != value:
+            raise KernelError(f"state was written with {name} = {getattr(memory, name)}, the call has {value}; a "
+                              "memory goes on as it was begun")
     if memory.late is not None:
         want = HolaState.empty(sequences, *k.shape[-2:], v.shape[-1], block=1, slots=0, dtype=v.dtype, device="meta",
                                state_delay=options.state_delay).late.tensors()

@@ -16,6 +16,7 @@ from hola_kernels.errors import KernelError
 
 STATE_SCORES = ("betae", "e", "betav")  # from what the kernels of the state write
 POSITION_SCORES = ("recency", "random")
+STATELESS_SCORES = (*POSITION_SCORES, "betav", "learned")  # of `exact_attention`, which has no recurrent state
 SCORES = (*STATE_SCORES, *POSITION_SCORES, "cosine", "learned")
 READ_NORMS = ("rms", "l2", "none")
 LOCALS = ("block", "window", "none")
@@ -77,6 +78,11 @@ class CacheOptions:
     def of_the_read(self) -> dict[str, Any]:
         """The keywords of `exact_read`, to which rotary positions have been applied (`positions.read_tokens`)."""
         return {name: getattr(self, name) for name in ("block", "slots", "read_norm", "local", "window")}
+
+    @property
+    def without_state(self) -> dict[str, Any]:
+        """The keywords of `exact_attention`."""
+        return {**self.of_the_read, "score": self.score, "rope_theta": self.rope_theta}
 
     @property
     def window_blocks(self) -> int:

@@ -1,6 +1,7 @@
 """The stages of the operations, for callers that exchange state between them (context parallelism).
 
-    rank_tokens, routed_values        scores of the cache; values through which a learned score is trained
+    rank_tokens, rank_without_state, routed_values        scores of the cache, of a layer with and without a state;
+                                values through which a learned score is trained
     gated_delta_residual        e of every token, for the score cosine
     learned_logit               logits of a learned score
     merge_outputs               state output and cache attention, joined
@@ -13,7 +14,7 @@
 The public operations (`hola_kernels`) are compositions of these stages. Triton's own are in `triton_stages`.
 """
 
-from hola_kernels.attention import is_fused, rank_tokens, routed_values
+from hola_kernels.attention import is_fused, rank_tokens, rank_without_state, routed_values
 from hola_kernels.checks import segments_of
 from hola_kernels.gated_delta.residual import gated_delta_residual
 from hola_kernels.kept_attention.controller import learned_logit
@@ -25,5 +26,5 @@ from hola_kernels.positions import with_positions
 from hola_kernels.segments import dense_cu_seqlens
 
 __all__ = ["POSITION_SCORES", "CacheOptions", "dense_cu_seqlens", "first_order", "gated_delta_residual", "is_fused",
-           "learned_logit", "mark_constant", "memoise", "merge_outputs", "rank_tokens", "routed_values", "segments_of",
-           "with_positions"]
+           "learned_logit", "mark_constant", "memoise", "merge_outputs", "rank_tokens", "rank_without_state",
+           "routed_values", "segments_of", "with_positions"]

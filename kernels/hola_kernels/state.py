@@ -83,7 +83,8 @@ class DelayedState(SequenceState):
 class HolaState(SequenceState):
     """Memory of N sequences. Empty cache slots have score -inf and position -1.
 
-    state           [N, H, K, V] float32 (float64 in float64 calls): the compressed memory
+    state           [N, H, K, V] float32 (float64 in float64 calls): the compressed memory; [N, H, 0, V] in a memory of
+                    `exact_attention`, which has none
     cache_k         [N, H, w, K], cache_v [N, H, w, V]: the exact tokens, keys not normalised,
                     in order of position
     cache_score     [N, H, w] float32, cache_position [N, H, w] int64 (counted in the sequence)
@@ -112,16 +113,19 @@ class HolaState(SequenceState):
     @classmethod
     def empty(cls, sequences: int, heads: int, key_dim: int, value_dim: int, *, block: int = CacheOptions.block,
               slots: int = CacheOptions.slots, window_blocks: int = 0, rope_theta: float | None = None,
-              state_delay: int = 0, dtype: torch.dtype = torch.float32,
+              state_delay: int = 0, recurrent: bool = True, dtype: torch.dtype = torch.float32,
               device: torch.device | str = "cpu") -> HolaState:
-        """The memory before the first token; `dtype` is that of the k and v that will be stored."""
+        """The memory before the first token; `dtype` is that of the k and v that will be stored.
+
+        recurrent: False for `exact_attention`, which has no compressed memory.
+        """
         compute = torch.float64 if dtype == torch.float64 else torch.float32
 
         def zeros(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
             return torch.zeros(*shape, dtype=dtype, device=device)
 
         return cls(
-            state=zeros(sequences, heads, key_dim, value_dim, dtype=compute),
+            state=zeros(sequences, heads, key_dim if recurrent else 0, value_dim, dtype=compute),
             cache_k=zeros(sequences, heads, slots, key_dim),
             cache_v=zeros(sequences, heads, slots, value_dim),
             cache_score=zeros(sequences, heads, slots, dtype=compute) - torch.inf,
@@ -135,6 +139,11 @@ class HolaState(SequenceState):
             late=None if not state_delay else DelayedState.empty(
                 sequences, heads, key_dim, value_dim, delay=state_delay, mode="stream", dtype=dtype, device=device),
         )
+
+    @property
+    def recurrent(self) -> bool:
+        """Whether it has a compressed memory."""
+        return self.state.shape[-2:-1] != (0,)
 
     @property
     def block(self) -> int:

@@ -47,6 +47,10 @@ WINDOWS = {"model__pattern": "HWHA", "model__attention_window": 18, "model__atte
 # a state that is read late, in hola and gdn layers
 LATE = {"model__pattern": "HG", "model__state_delay": 9,
         "model__cache": {"block": 16, "slots": 4, "local": "window", "window": 9}}
+# hola layers without a state
+STATELESS = {"model__pattern": "HA", "model__rule": "none", "model__cache": {
+    "block": 16, "slots": 4, "score": "learned", "router_width": 4, "local": "window", "window": 9,
+    "rope_theta": 300.0}}
 # documents go on over the cut of two context ranks: in a row of two samples the second sample begins there
 ONE_SAMPLE = {"train__micro_batch_size": 1}
 ZERO1, ZERO2 = ({"engine": "deepspeed", "parallel": {"zero_stage": stage}} for stage in (1, 2))
@@ -94,6 +98,7 @@ REFERENCES: dict[str, dict[str, Any]] = {
     "routed": {"model__pattern": "H", **ONE_SAMPLE, "model__cache": {
         "block": 16, "slots": 4, "score": "learned", "router_width": 4, "merge": "two"}},
     "late": LATE,
+    "stateless": STATELESS,
     "muon_windows": {"train__optimizer": "muon", **WINDOWS},
     "bf16": {"train__precision": "bf16", "train__steps": 6},
 }
@@ -130,6 +135,8 @@ ROWS: dict[str, Row] = {
     "deltaproduct_pp2": Row(2, PP, reference="deltaproduct", long=True),
     "late_tp2_sp": Row(2, SP, reference="late", gradients=True),
     "late_pp2": Row(2, PP, reference="late"),
+    "stateless_tp2_sp": Row(2, SP, reference="stateless", gradients=True),
+    "stateless_pp2": Row(2, PP, reference="stateless"),
     "routed_tp2_sp": Row(2, SP, reference="routed", gradients=True),
     "routed_cp2": Row(2, {**CP, **PLAIN}, reference="routed", gradients=True),
     "muon_windows_tp2": Row(2, {**TP, **PLAIN}, reference="muon_windows"),

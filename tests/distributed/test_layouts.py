@@ -42,7 +42,8 @@ from hola_megatron.data.prepare import PrepareOptions, prepare
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(1800)]  # all rows run in one fixture
 CLIP = 0.5  # below the norm of every step
 BY_HEAD = ("sink", "gate", "A_log", "dt_bias")
-PROBED = ("adamw", "one_sample", "experts", "windows", "late", "routed")
+OF_A_STATE = BY_HEAD[1:]
+PROBED = ("adamw", "one_sample", "experts", "windows", "late", "stateless", "routed")
 ONE = {name: Row(1, PLAIN, reference=name, gradients=name in PROBED) for name in REFERENCES}
 PACKAGES = {"deepspeed": "deepspeed", "muon": "emerging_optimizers"}
 MISSING = {kind for kind, package in PACKAGES.items() if importlib.util.find_spec(package) is None}
@@ -139,7 +140,9 @@ def test_every_gradient_and_its_part_of_the_norm(name, pair, runs):
     assert want.gradients.keys() == have.gradients.keys() == have.norms.keys()
     wrong = differing(want, have)
     assert not wrong, "\n".join(wrong)
-    for parameter in BY_HEAD:
+    stateless = ROWS[name].reference == "stateless"
+    assert not stateless or not any(key.endswith((*OF_A_STATE, "b_proj.weight")) for key in have.norms)
+    for parameter in ("sink", "route_out", "route_bias") if stateless else BY_HEAD:
         if parameter == "gate" and ROWS[name].reference in ("windows", "routed"):
             parameter = "mix_proj.weight"
         seen = [norm for key, norm in have.norms.items() if key.endswith(f".{parameter}")]

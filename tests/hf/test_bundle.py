@@ -67,6 +67,7 @@ LAYERS = {
     "hola_itself_and_cache": {"layer_pattern": "H", "cache_local": "none", "cache_read_norm": "none"},
     "hola_block_alone": {"layer_pattern": "H", "cache_slots": 0, "cache_sink": False, "cache_read_norm": "l2"},
     "hola_recency": {"layer_pattern": "H", "cache_score": "recency"},
+    "hola_no_state": {"layer_pattern": "H", "rule": "none", "cache_score": "random", "cache_rope_theta": 300.0},
     "gdn": {"layer_pattern": "G"},
     "gdn_delta_negative": {"layer_pattern": "G", "rule": "delta", "beta_range": 2},
     "deltaproduct": {"layer_pattern": "deltaproduct", "delta_steps": 2, "beta_range": 2},

@@ -37,6 +37,10 @@ FAMILIES = {
     "ham_learned": {"pattern": "ham, hola", "ham": {"router": "learned", "router_width": 6, "threshold": 0.5}},
     "l2_recency": {"pattern": "H", "cache": {"read_norm": "l2", "score": "recency", "sink": False}},
     "window": {"pattern": "HG", "cache": {"local": "window", "window": 11}},
+    "no_state": {"pattern": "H", "rule": "none", "cache": {"score": "betav", "local": "window", "window": 11}},
+    "no_state_learned": {"pattern": "HA", "rule": "none", "cache": {
+        "score": "learned", "router_width": 4, "rope_theta": 300.0, "local": "none"}},
+    "no_state_no_slots": {"pattern": "H", "rule": "none", "cache": {"slots": 0}},
     "deltaproduct": {"pattern": "deltaproduct, hola", "delta_steps": 3, "beta_range": 2},
     "convex": {"pattern": "HG", "cache": {"merge": "convex", "rope_theta": 300.0}},
     "two_gates": {"pattern": "H", "cache": {"merge": "two", "local": "window", "window": 11, "slots": 0}},

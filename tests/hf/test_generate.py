@@ -37,9 +37,14 @@ def test_every_score_generates_the_same_with_and_without_the_cache(score):
 @pytest.mark.parametrize("options", [
     {"cache_local": "window", "cache_window": 11}, {"cache_local": "window", "cache_window": 5, "cache_slots": 0},
     {"cache_slots": 0}, {"cache_local": "none"}, {"cache_read_norm": "none"},
-    {"cache_merge": "two", "cache_rope_theta": 300.0}], ids=str)
+    {"cache_merge": "two", "cache_rope_theta": 300.0},
+    *({"rule": "none", "cache_score": score, "cache_rope_theta": base, **local} for score, base, local in (
+        ("recency", None, {}), ("random", 300.0, {"cache_local": "window", "cache_window": 11}),
+        ("betav", None, {"cache_local": "none"}), ("learned", 300.0, {}), ("betae", 300.0, {"cache_slots": 0})))],
+    ids=str)
 def test_every_local_part_generates_the_same_with_and_without_the_cache(options):
-    lm, x = model("H", **options), tokens(2, 15)
+    pattern = "AH" if options.get("cache_score") == "learned" else "H"  # of the first layer a repeated token ties
+    lm, x = model(pattern, **options), tokens(2, 15)
     assert torch.equal(generate(lm, x, new=40), generate(lm, x, new=40, use_cache=False))
 
 

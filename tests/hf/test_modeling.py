@@ -28,6 +28,13 @@ PATTERNS = {
     "learned": ("H", {"cache_score": "learned", "cache_router_width": 4}),
     "window": ("H", {"cache_local": "window", "cache_window": 11}),
     "window_alone": ("HG", {"cache_local": "window", "cache_window": 20, "cache_slots": 0}),
+    "no_state": ("H", {"rule": "none", "cache_score": "recency"}),
+    "no_state_window": ("HA", {"rule": "none", "cache_score": "betav", "cache_local": "window", "cache_window": 11,
+                               "cache_rope_theta": 300.0}),
+    # not in the first layer, whose learned score is the same for the same token: rounding would choose
+    "no_state_learned": ("AH", {"rule": "none", "cache_score": "learned", "cache_router_width": 4,
+                               "cache_local": "none"}),
+    "no_state_no_slots": ("H", {"rule": "none", "cache_slots": 0, "cache_sink": False}),
     "deltaproduct": ("deltaproduct", {"beta_range": 2}),
     "deltaproduct_without_decay": ("deltaproduct, hola", {"delta_steps": 3, "rule": "delta"}),
     "convex": ("H", {"cache_merge": "convex", "cache_rope_theta": 300.0}),
@@ -248,6 +255,7 @@ def test_cuda_graph_changes_nothing_without_a_gpu_and_is_refused_where_it_cannot
     assert torch.equal(*found) and cache.graph is None
     refused = (({"layer_pattern": "HA"}, "memory of attention layers grows"), ({"backend": "torch"}, "backend 'torch'"),
                ({"cache_score": "recency"}, "cache_score 'recency' is not one of betae, e, betav"),
+               ({"rule": "none", "cache_score": "betav"}, "rule 'none' decodes by plain torch operations"),
                ({"value_dim": 512}, "value_dim 512 is none of 16, 32"), ({"conv_width": 5}, "conv_width 5 is over 4"))
     for wrong, why in refused:
         with pytest.raises(ValueError, match=f"cuda_graph: .*{why}.*; leave it off"):

@@ -9,7 +9,7 @@ from interpreted import only_interpreted
 
 only_interpreted()
 
-from hola_kernels import exact_read, hola_attention
+from hola_kernels import exact_attention, exact_read, hola_attention
 from hola_kernels.exact_cache.verify_cases import limit, measure_read
 
 TINY = {"heads": 1, "block": 16, "slots": 4, "device": "cpu", "dtype": torch.float32, "key": 16, "value": 16}
@@ -81,3 +81,27 @@ def test_a_state_that_is_read_late():
         part, memory = hola_attention(**piece, **options, state=memory, return_state=True, backend="triton")
         parts.append(part)
     assert relative_error(torch.cat(parts, 1), whole) < 1e-5
+
+
+@pytest.mark.parametrize("options", [
+    {"score": "recency"}, {"score": "random", "rope_theta": 300.0, **LOCAL["odd"]},
+    {"score": "betav", **LOCAL["itself"]}, {"score": "learned"}, {"slots": 0, **LOCAL["odd"]}], ids=str)
+def test_the_exact_part_without_a_state(options):
+    """Packed and in pieces, Triton kernels against torch in float64."""
+    made = make_inputs(1, 75, heads=2)
+    inputs = {name: made[name] for name in ("q", "k", "v", "gamma_q", "gamma_k", "sink")}
+    if options.get("score") == "learned":
+        inputs["route"] = torch.randn(1, 75, 2, generator=torch.Generator().manual_seed(3)).double().requires_grad_()
+    options, bounds = {"block": 16, "slots": 4, **options}, torch.tensor([0, 0, 1, 30, 75])
+    single = {name: x.detach().float().requires_grad_() for name, x in inputs.items()}
+    want = exact_attention(**inputs, **options, cu_seqlens=bounds, backend="torch")
+    have = exact_attention(**single, **options, cu_seqlens=bounds, backend="triton")
+    assert relative_error(have, want) < 1e-5
+    want, have = gradients(want, inputs), gradients(have, single)
+    assert all(relative_error(have[n], want[n]) < 1e-4 for n in want)
+    whole, memory, parts = exact_attention(**inputs, **options, backend="torch"), None, []
+    for a, b in ((0, 20), (20, 50), (50, 75)):
+        piece = {n: x[:, a:b] if x.ndim > 2 else x for n, x in single.items()}
+        part, memory = exact_attention(**piece, **options, state=memory, return_state=True, backend="triton")
+        parts.append(part)
+    assert relative_error(torch.cat(parts, 1), whole) < 1e-5 and not memory.recurrent

@@ -9,8 +9,8 @@ import pytest
 import torch
 from helpers import metric_rows, run_ranks, write_recipe
 
-from hola_kernels import cache_ages, hola_attention, select_cache
-from hola_kernels.options import SCORES, CacheOptions
+from hola_kernels import cache_ages, exact_attention, hola_attention, select_cache
+from hola_kernels.options import SCORES, STATELESS_SCORES, CacheOptions
 from hola_megatron.layers.hola.health import FIELDS, measure
 from hola_megatron.layers.inspection import recorded_reads
 from hola_megatron.log.memory_health import panel
@@ -76,6 +76,23 @@ def test_the_score_that_is_shown_is_the_one_that_ranks(score, cuts):
     shown = measure(mixer, tokens, cu_seqlens)
     assert shown["score_median"] == pytest.approx(float(reads[0]["score"].median()), rel=1e-6)
     assert shown["cached"] > 0.1 and shown["age_median"] >= 1 and shown["gate"] == 0.5
+
+
+@pytest.mark.parametrize("score", STATELESS_SCORES)
+def test_a_layer_without_a_state_shows_its_read_and_neither_gate_nor_decay(score):
+    torch.manual_seed(0)
+    tokens = {name: torch.randn(2, 30, 2, 4) for name in "qkv"}
+    if score == "learned":
+        tokens["route"] = torch.randn(2, 30, 2)
+    gains, options = torch.ones(4), CacheOptions(BLOCK, SLOTS, score)
+    with recorded_reads() as reads:
+        exact_attention(**tokens, gamma_q=gains, gamma_k=gains, sink=None, **options.without_state, backend="torch")
+    mixer = SimpleNamespace(options=options, model=SimpleNamespace(backend="torch"),
+                            read_parameters=lambda: {"gamma_q": gains, "gamma_k": gains, "sink": None})
+    shown = measure(mixer, tokens, None)
+    assert shown["score_median"] == pytest.approx(float(reads[0]["score"].median()), rel=1e-6)
+    assert shown["cached"] > 0.1 and shown["age_median"] >= 1 and tuple(shown) == FIELDS
+    assert {name for name, value in shown.items() if math.isnan(value)} == {"gate", "decay_median", "decay_p01"}
 
 
 @pytest.mark.distributed

@@ -19,6 +19,8 @@ from helpers import LONG
 SCRIPT = Path(__file__).parent / "saved_bytes.py"
 ENVIRONMENT = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "TORCHDYNAMO_DISABLE": "1"}
 ALONE = [["model.pattern=H"], ["model.pattern=G"], ["model.pattern=A"], ["model.pattern=H", "model.rule=delta"],
+         ["model.pattern=H", "model.rule=none", "model.cache.score=recency"],
+         ["model.pattern=H", "model.rule=none", "model.cache.slots=0", "data.documents=joined"],
          ["model.pattern=A", "data.documents=joined"], ["model.pattern=H", "data.documents=joined"],
          ["model.pattern=H", "model.heads=1", "train.micro_batch_size=1"],
          ["model.pattern=A", "model.rope_theta=null"],
@@ -33,7 +35,8 @@ ALONE = [["model.pattern=H"], ["model.pattern=G"], ["model.pattern=A"], ["model.
          ["model.pattern=H", "model.moe.experts=8", "model.moe.top_k=2", "model.moe.hidden_size=48"],
          ["model.pattern=A", "model.moe.experts=16", "model.moe.top_k=4", "model.moe.hidden_size=64"]]
 TENSOR = [["parallel.tensor=2", "parallel.sequence=true", f"model.pattern={kind}"] for kind in "HA"]
-SHOWN = (["data.documents=joined"], ["model.moe.experts=16", "model.moe.top_k=4", "model.moe.hidden_size=64"])
+SHOWN = (["model.rule=none", "model.cache.score=recency"], ["data.documents=joined"],
+         ["model.moe.experts=16", "model.moe.top_k=4", "model.moe.hidden_size=64"])
 CONTEXT = [["parallel.context=2", "train.micro_batch_size=1", f"model.pattern={kind}"] for kind in "HGA"]
 if not LONG:  # a kind of layer each, with joined documents and with experts
     ALONE = [case for case in ALONE if len(case) == 1 or case[1:] in SHOWN]

@@ -15,7 +15,9 @@ from hola_megatron.startup.start import start
 
 RECIPES = sorted((Path(__file__).parent.parent.parent / "recipes").glob("*.yaml"))
 TINY = RECIPES[0].parent / "hola_tiny.yaml"
-CHANGES = [[], ["model.rule=delta"], ["model.cache.sink=false"], ["model.pattern=HGA", "model.attention_heads=4"],
+CHANGES = [[], ["model.rule=delta"], ["model.rule=none", "model.cache.score=betav"],
+           ["model.rule=none", "model.cache.score=learned"],
+           ["model.cache.sink=false"], ["model.pattern=HGA", "model.attention_heads=4"],
            ["model.pattern=AW", "model.attention_heads=4", "model.attention_kv_heads=2",
             "model.attention_qk_norm=true"],
            ["model.pattern=hqlt"], ["model.pattern=hqlt", "model.hqlt.mixing=scalar", "model.value_dim=32"],

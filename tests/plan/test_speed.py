@@ -128,7 +128,7 @@ def recipes(draw) -> dict:
         "layers": pipeline * virtual * pick(1, 2, 3), "pattern": pick("H", "G", "A", "HG", "HHHA", "GA"),
         "hidden_size": max(8, 2 * attention_heads * pick(1, 8, 25, 64)), "attention_heads": attention_heads,
         "heads": tensor * pick(1, 2, 3, 8), "key_dim": pick(*DIMS), "value_dim": pick(*DIMS),
-        "conv_width": pick(1, 2, 4, 6), "rule": pick("gdn", "delta"), "beta_range": pick(1, 2),
+        "conv_width": pick(1, 2, 4, 6), "rule": pick("gdn", "gdn", "delta", "delta", "none"), "beta_range": pick(1, 2),
         "rope_theta": pick(None, 1e4),
         "mlp_hidden_size": tensor * pick(8, 24, 4096), "vocab_size": tensor * pick(2, 66, 8000),
         "tie_embeddings": pick(True, False), "backend": pick("auto", "torch"), "layer_spec": pick("auto", "local"),

@@ -270,9 +270,8 @@ def test_the_earlier_name_of_the_rule_still_loads():
     assert refused("model.decay=true", "model.rule=gdn") == [
         "model.decay: True is given beside model.rule, which takes its place; leave model.decay out"]
     assert refused("model.decay=3") == ["model.decay: 3 is not allowed; give model.rule: gdn or delta"]
-    for nothing in ("none", "null"):
-        assert refused(f"model.rule={nothing}")[0].endswith(
-            "softmax attention without a state is a layer of kind swa or attention (model.pattern=W or A)")
+    assert refused("model.rule=null") == [
+        "model.rule: None is not allowed; input should be 'gdn', 'delta' or 'none'"]
     assert refused("model.beta_range=3")[0].startswith("model.beta_range: 3 is not allowed")
 
 
@@ -283,6 +282,10 @@ def test_the_earlier_name_of_the_rule_still_loads():
      "model.cache.router_width: 8 has no effect without model.cache.score = learned; leave it out (its default is 64)"),
     ("model.delta_steps=3", "model.delta_steps: 3 has no effect without a deltaproduct layer in model.pattern; leave "
                             "it out (its default is 2)"),
+    ("model.rule=none model.cache.score=recency model.cache.gate_init=-3.0", "model.cache.gate_init: -3.0 has no "
+     "effect without model.rule = gdn or delta; leave it out (its default is -4.0)"),
+    ("model.rule=none model.cache.score=recency model.beta_range=2", "model.beta_range: 2 has no effect without "
+     "model.rule = gdn or delta; leave it out (its default is 1)"),
     ("model.state_delay_mode=chunk model.pattern=G", "model.state_delay_mode: chunk has no effect without "
      "model.state_delay of 1 or more; leave it out (its default is stream)")])
 def test_a_field_without_effect_is_refused(overrides, said):
@@ -303,6 +306,36 @@ def test_fields_with_effect_and_defaults_are_taken():
                       ["model.pattern=deltaproduct", "model.delta_steps=3"], ["model.cache.merge=two"],
                       ["model.pattern=A", "model.cache.router_width=8"]):
         load_recipe(TINY, overrides)
+
+
+STATELESS = ("model.rule=none", "model.cache.score=recency")
+
+
+def test_layers_without_a_state_are_taken_with_scores_that_need_none():
+    for score in ("recency", "random", "betav", "learned"):
+        assert load_recipe(TINY, ["model.rule=none", f"model.cache.score={score}"]).model.rule == "none"
+    load_recipe(TINY, ["model.rule=none", "model.cache.slots=0"])  # nothing is ranked
+    load_recipe(TINY, [*STATELESS, "model.pattern=HWA", "parallel.tensor=2", "parallel.pipeline=2"])
+    for score in ("betae", "e", "cosine"):
+        assert refused("model.rule=none", f"model.cache.score={score}") == [
+            f"model.cache.score: {score} is made from a state, and model.rule is none; set it to recency, random, "
+            "betav or learned, or model.cache.slots to 0"]
+
+
+@pytest.mark.parametrize(("override", "said"), [
+    ("model.cache.merge=two", "model.cache.merge: two is not possible with model.rule = none; set it to add"),
+    ("model.cache.slots=0 model.cache.local=none model.cache.sink=false", "model.cache.sink: false, and a token would "
+     "read itself alone (no state, no slots, no local part), its q and k without effect; give model.cache.slots or a "
+     "local part"),
+    ("model.state_delay=4", "model.state_delay: 4 is not possible with model.rule = none; set it to 0"),
+    ("parallel.context=2", "parallel.context: 2 is not possible with model.rule = none; set it to 1"),
+    ("train.cuda_graph=true", "model.rule: none is not possible with train.cuda_graph; set train.cuda_graph to false"),
+    *((f"model.pattern={pattern}", f"model.rule: none is for hola layers, and {pattern[2:]} layers read a state; "
+       f"{first}model.pattern to H, W and A without {pattern[2:]}") for pattern, first in (
+        ("H,gdn", "set it to gdn or delta, or "), ("W,deltaproduct", "set it to gdn or delta, or "),
+        ("A,ham", "set it to gdn or delta, or "), ("H,hqlt", "leave it out, or set ")))])
+def test_what_does_not_go_without_a_state_is_refused(override, said):
+    assert refused(*STATELESS, *override.split(" ")) == [said]
 
 
 def test_a_delayed_state_is_refused_where_it_is_not_possible():

@@ -130,6 +130,21 @@ def test_layers_with_other_options(folders, loaded, changes):
     assert (first.gates is None) == ("merge" in cache) and sum(first.shares.values()) == pytest.approx(1, abs=1e-5)
 
 
+def test_a_layer_without_a_state(folders, loaded):
+    """Its swaps are those that need none, and facts of a state are not there."""
+    model = load(folders("H", rule="none", cache={"score": "betav"}), device="cpu")[0]
+    tokens, layers = loaded[1], layers_of(model)
+    losses = token_losses(model, tokens, 2)
+    assert np.array_equal(swapped_losses(model, layers, tokens, "score betav", 2), losses)
+    for name in set(swap_names(layers)) - {"score betav"}:
+        swapped_losses(model, layers, tokens, name, 2)
+    assert {"score recency", "score random", "0 slots", "oracle"} < set(swap_names(layers))
+    assert not {"score betae", "score e", "score cosine"} & set(swap_names(layers))
+    first, *_ = facts(model, layers, tokens, [32, LENGTH])
+    assert first.gates is None and first.norms is None and len(first.scores) == 2
+    assert sum(first.shares.values()) == pytest.approx(1, abs=1e-5) and len(first.ages) > 0
+
+
 @pytest.mark.parametrize("ham", [{"router": "cosine", "threshold": 1.0}, {"router": "learned"}], ids=str)
 def test_facts_of_a_ham_layer_are_what_decoding_keeps(folders, loaded, ham):
     model, _ = load(folders("ham", ham=ham), device="cpu")

@@ -33,9 +33,8 @@ class GatedDeltaNet(LayerKind):
     def parameters(self, model: ModelConfig) -> tuple[Parameter, ...]:
         width, heads = model.hidden_size, model.heads
         key, value = heads * model.key_dim, heads * model.value_dim
-        widths = {"q": key, "k": key, "v": value, "g": value, **self.further_projections(model), "b": heads}
-        if model.rule == "gdn":
-            widths["a"] = heads
+        widths = {"q": key, "k": key, "v": value, "g": value, **self.further_projections(model)}
+        widths |= dict.fromkeys({"gdn": ("b", "a"), "delta": ("b",), "none": ()}[model.rule], heads)
         rows = [Parameter(f"{name}_proj.weight", (size, width), stored_in="in_proj.weight", muon="heads")
                 for name, size in widths.items()]
         rows += [Parameter(f"{name}_conv.weight", (widths[name], model.conv_width), stored_in="conv_weight",
@@ -80,7 +79,14 @@ class GatedDeltaNet(LayerKind):
         heads, ranks = recipe.model.heads, recipe.parallel.tensor
         if heads % ranks:
             yield f"model.heads: {heads} is not a multiple of {ranks} (parallel.tensor = {ranks} shards heads)"
+        yield from self.check_rule(recipe)
         yield from self.check_state_delay(recipe)
+
+    def check_rule(self, recipe: Recipe) -> Iterator[str]:
+        """What a layer without a state does not go with."""
+        if recipe.model.rule == "none":
+            yield (f"model.rule: none is for hola layers, and {self.name} layers read a state; set it to gdn or delta, "
+                   f"or model.pattern to H, W and A without {self.name}")
 
     def check_state_delay(self, recipe: Recipe) -> Iterator[str]:
         """What a delayed state does not go with."""

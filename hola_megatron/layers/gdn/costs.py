@@ -21,9 +21,10 @@ SPLIT_GAIN, LEAST_SPAN = 2.5, 16  # when hola_kernels splits a sequence, and the
 
 
 def forward_flops(model: ModelConfig) -> float:
-    """2 W (2 H K + H V) of the convolution and 6 H K V of the state (chunked form, counted as the recurrence)."""
+    """2 W (2 H K + H V) of the convolution and 6 H K V of a state (chunked form, counted as the recurrence)."""
     heads, key, value = model.heads, model.key_dim, model.value_dim
-    return 2 * model.conv_width * heads * (2 * key + value) + 6 * heads * key * value
+    state = 0 if model.rule == "none" else 6 * heads * key * value
+    return 2 * model.conv_width * heads * (2 * key + value) + state
 
 
 def chunks(share: Share) -> int:
@@ -63,7 +64,7 @@ def late(share: Share, kind: LayerKind) -> list[Term]:
 
 
 def saved(share: Share, kind: LayerKind) -> list[Term]:
-    """Tensors saved by the gates, short_conv, the delta rule and gated_rms_norm."""
+    """Tensors saved by short_conv and gated_rms_norm, and of a state by the gates and the delta rule."""
     model, e, tokens, heads = share.recipe.model, share.number, share.tokens, share.heads(kind)
     key, value = heads * model.key_dim, heads * model.value_dim
     if share.interleaved:  # the convolutions save copies; the projection is not saved
@@ -74,16 +75,25 @@ def saved(share: Share, kind: LayerKind) -> list[Term]:
         projected,
         Term("activations", "input of the output projection", tokens * value * share.product),
         Term("kernels", "q k v after convolution", tokens * (2 * key + value) * e),
-        Term("kernels", "beta and decay", 2 * tokens * heads * FLOAT32),
         Term("kernels", "tails of the convolutions", share.sequences * (model.conv_width - 1) * (2 * key + value) * e),
-        Term("kernels", "chunk scales, U and P",
-             chunks(share) * heads * (SCALES * CHUNK * FLOAT32 + 2 * CHUNK * CHUNK * e)),
         Term("kernels", "mixer output before its norm", tokens * value * e),
     ]
-    if saved_states(share, kind):
-        terms.append(Term("kernels", "chunk states and residuals", saved_states(share, kind) + tokens * value * e))
     if share.interleaved:
         terms.append(Term("kernels", "output gate as rows of a head", tokens * value * e))
+    return terms if model.rule == "none" else terms + saved_by_rule(share, kind)
+
+
+def saved_by_rule(share: Share, kind: LayerKind) -> list[Term]:
+    """Tensors saved by the gates and the delta rule."""
+    model, e, tokens, heads = share.recipe.model, share.number, share.tokens, share.heads(kind)
+    terms = [
+        Term("kernels", "beta and decay", 2 * tokens * heads * FLOAT32),
+        Term("kernels", "chunk scales, U and P",
+             chunks(share) * heads * (SCALES * CHUNK * FLOAT32 + 2 * CHUNK * CHUNK * e)),
+    ]
+    if saved_states(share, kind):
+        size = saved_states(share, kind) + tokens * heads * model.value_dim * e
+        terms.append(Term("kernels", "chunk states and residuals", size))
     if spans(share, kind):
         maps = spans(share, kind) * heads * model.key_dim * (model.value_dim + model.key_dim) * FLOAT32
         terms.append(Term("kernels", "maps (transposed) and initial states of spans", maps))

@@ -61,7 +61,7 @@ class GatedDeltaMixer(Mixer):
                 cp: ContextParallel | None) -> tuple[dict[str, Tensor], Tensor, Tensor, GradientBuffer, Any]:
         """The operation's inputs.
 
-        Returns (q, k, v, log_decay and beta by name; further projections [B, S, F]; output gate
+        Returns (q, k, v, and of a state log_decay and beta, by name; further projections [B, S, F]; output gate
         [B, S, H, V]; the gate's gradient buffer; handle of the state maps in flight, None without context parallelism).
         """
         model = self.model
@@ -71,9 +71,7 @@ class GatedDeltaMixer(Mixer):
         further_width = sum(self.kind.further_projections(model).values()) // self.tp_size
         widths = [convolved, self.widths[3], further_width, sum(self.widths[4:]) - further_width]
         (qkv, gate, further, rest), (qkv_grad, gate_grad, _, rest_grad) = split_sections(projected_BSF, widths)
-        decay = {"A_log": self.A_log, "dt_bias": self.dt_bias} if model.rule == "gdn" else {}
-        log_decay, beta = decay_and_strength(x=rest, heads=self.heads, **decay, beta_range=model.beta_range,
-                                             dx_buffer=rest_grad, backend=model.backend)
+        numbers = self._state_numbers(rest, rest_grad) if model.rule != "none" else {}
         tail = None
         if in_flight is not None:
             tail = conv_tail(in_flight, model.conv_width, projected_BSF.shape[0], cp)
@@ -81,10 +79,17 @@ class GatedDeltaMixer(Mixer):
                          widths=tuple(self.widths[:3]), backend=model.backend)
         dims = {"q": model.key_dim, "k": model.key_dim, "v": model.value_dim}
         tokens = {name: self._split_heads(x, dim) for x, (name, dim) in zip(qkv, dims.items(), strict=True)}
-        tokens |= {"log_decay": log_decay, "beta": beta}
+        tokens |= numbers
         maps = None
         if cp is not None:
             maps = start_state_exchange(**tokens, cp=cp, backend=model.backend, options=self.options)
         return (tokens, further, self._split_heads(gate, model.value_dim),
                 lambda: self._split_heads(gate_grad(), model.value_dim), maps)
 
+    def _state_numbers(self, rest_BSF: Tensor, gradient: GradientBuffer) -> dict[str, Tensor]:
+        """log_decay and beta [B, S, H] by name, from the last sections of the projection."""
+        model = self.model
+        decay = {"A_log": self.A_log, "dt_bias": self.dt_bias} if model.rule == "gdn" else {}
+        log_decay, beta = decay_and_strength(x=rest_BSF, heads=self.heads, **decay, beta_range=model.beta_range,
+                                             dx_buffer=gradient, backend=model.backend)
+        return {"log_decay": log_decay, "beta": beta}

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 WINDOW_COLUMNS = 64  # tokens of a tile of keys (hola_kernels.exact_cache.read_configs)
 STATE_SCORES, POSITION_SCORES = ("betae", "e", "betav"), ("recency", "random")  # as in hola_kernels.options
+STATELESS_SCORES = (*POSITION_SCORES, "betav", "learned")
 
 
 class Hola(GatedDeltaNet):
@@ -41,7 +42,7 @@ class Hola(GatedDeltaNet):
 
         rows = [row("gamma_q", model.key_dim, partition_dim=None, init=ones),
                 row("gamma_k", model.key_dim, partition_dim=None, init=ones),
-                *([row("gate", model.heads, init=read_gate)] if model.cache.merge == "add" else [])]
+                *([row("gate", model.heads, init=read_gate)] if has_gate(model) else [])]
         if model.cache.sink:
             rows.append(row("sink", model.heads, init=zeros))
         if model.cache.score == "learned":
@@ -69,6 +70,21 @@ class Hola(GatedDeltaNet):
     def forward_flops(self, model: ModelConfig, length: int) -> float:
         return super().forward_flops(model, length) + costs.read_flops(model, length)
 
+    def check_rule(self, recipe: Recipe) -> Iterator[str]:
+        model, cache, context = recipe.model, recipe.model.cache, recipe.parallel.context
+        if model.rule != "none":
+            return
+        if cache.slots and cache.score not in STATELESS_SCORES:
+            yield (f"model.cache.score: {cache.score} is made from a state, and model.rule is none; set it to "
+                   f"{', '.join(STATELESS_SCORES[:-1])} or {STATELESS_SCORES[-1]}, or model.cache.slots to 0")
+        if not cache.slots and costs.reach(cache) == 1 and not cache.sink:
+            yield ("model.cache.sink: false, and a token would read itself alone (no state, no slots, no local part), "
+                   "its q and k without effect; give model.cache.slots or a local part")
+        for path, value, allowed in (("model.cache.merge", cache.merge, "add"),
+                                     ("model.state_delay", model.state_delay, 0), ("parallel.context", context, 1)):
+            if value != allowed:
+                yield f"{path}: {value} is not possible with model.rule = none; set it to {allowed}"
+
     def saved(self, share: Share) -> list[Term]:
         terms = [*state_costs.saved(share, self), *costs.read_saved(share, self)]
         model = share.recipe.model
@@ -82,7 +98,10 @@ class Hola(GatedDeltaNet):
     def workspace(self, share: Share) -> float:
         # on one rank dv shares dr's memory; over ranks the attention's dq dk dv are alive during the state's backward
         sizes = {"keys": 2, "values": 3} if share.recipe.parallel.context == 1 else {"keys": 4, "values": 5}
-        return max(state_costs.workspace(share, self, **sizes), costs.read_workspace(share, self))
+        of_the_read = costs.read_workspace(share, self)
+        if share.recipe.model.rule == "none":
+            return of_the_read
+        return max(state_costs.workspace(share, self, **sizes), of_the_read)
 
     def check_state_delay(self, recipe: Recipe) -> Iterator[str]:
         yield from super().check_state_delay(recipe)
@@ -91,6 +110,9 @@ class Hola(GatedDeltaNet):
                    "hola layers")
 
     def check_cuda_graph(self, recipe: Recipe) -> Iterator[str]:
+        if recipe.model.rule == "none":
+            yield "model.rule: none is not possible with train.cuda_graph; set train.cuda_graph to false"
+            return
         yield from super().check_cuda_graph(recipe)
         if recipe.model.cache.score not in STATE_SCORES:
             yield (f"model.cache.score: {recipe.model.cache.score} is not possible with train.cuda_graph; set it to "
@@ -117,6 +139,8 @@ class Hola(GatedDeltaNet):
         return None
 
     def speed_note(self, recipe: Recipe) -> str | None:
+        if recipe.model.rule == "none":
+            return "hola layers without a state"
         fused = is_fused_over_ranks if recipe.parallel.context > 1 else is_fused
         if not fused(recipe.model) or recipe.model.cache.score not in (*STATE_SCORES, *POSITION_SCORES):
             return "hola layers that are not one fused operation (a run with the score cosine was 23 % slower)"
@@ -144,6 +168,8 @@ class Hola(GatedDeltaNet):
         if config["cache_slots"]:
             kept = (f"keeps {config['cache_slots']} tokens per head exactly, selected by `{config['cache_score']}`; a "
                     "token also attends to")
+        if config.get("rule") == "none":
+            kept = f"has no state; it {kept}"
         late = f" Its state is read {config['state_delay']} tokens late." if config.get("state_delay") else ""
         return f"A HOLA layer {kept} {local[config.get('cache_local', 'block')]}.{late} "
 
@@ -169,7 +195,7 @@ class Hola(GatedDeltaNet):
 
 def is_fused(model: ModelConfig) -> bool:
     """Whether state and cache attention have one fused operation; otherwise their two operations run one by one."""
-    return _is_fused_read(model.cache) and not model.state_delay
+    return _is_fused_read(model.cache) and not model.state_delay and model.rule != "none"
 
 
 def _is_fused_read(cache: CacheConfig) -> bool:
@@ -180,6 +206,11 @@ def _is_fused_read(cache: CacheConfig) -> bool:
 def is_fused_over_ranks(model: ModelConfig) -> bool:
     """The same over context ranks."""
     return is_fused(model) and model.cache.local == "block" and model.cache.slots > 0
+
+
+def has_gate(model: ModelConfig) -> bool:
+    """Whether a head has a gate of its own: its read is added to a state's output."""
+    return model.cache.merge == "add" and model.rule != "none"
 
 
 def read_gate(shape: tuple[int, ...], generator: torch.Generator, model: ModelConfig) -> torch.Tensor:

@@ -56,22 +56,25 @@ def _blocks(share: Share) -> int:
 def read_saved(share: Share, kind: LayerKind) -> list[Term]:
     """Tensors saved by selection and cache attention."""
     tokens, heads, cache = share.tokens, share.heads(kind), share.recipe.model.cache
-    return [Term("kernels", "attention output before it is added",
-                 tokens * heads * share.recipe.model.value_dim * share.number),
+    joined = [Term("kernels", "attention output before it is added",
+                   tokens * heads * share.recipe.model.value_dim * share.number)]
+    return [*(joined if share.recipe.model.rule != "none" else []),
             Term("kernels", "log-sums and norms of the attention", 3 * tokens * heads * FLOAT32),
             Term("kernels", "cached rows of every block", _blocks(share) * heads * cache.slots * 4)]
 
 
 def saved_unfused(share: Share, kind: LayerKind) -> list[Term]:
-    """What is kept where state and cache attention are operations of their own, merged after it.
+    """What is kept where state and cache attention are operations of their own, merged after it; or the latter alone.
 
     Rotary positions are torch's: bytes of a number that autograd keeps besides 16-bit inputs
     (tests/plan/test_unfused_bytes.py measures them).
     """
     model, tokens, heads, merge = share.recipe.model, share.tokens, share.heads(kind), share.recipe.model.cache.merge
     gates = 2 * heads if merge == "two" else 0
-    terms = [Term("kernels", "output of the state, and gates of two",
-                  tokens * (heads * model.value_dim + gates) * share.number)]
+    terms = []
+    if model.rule != "none":
+        terms.append(Term("kernels", "output of the state, and gates of two",
+                          tokens * (heads * model.value_dim + gates) * share.number))
     if merge == "convex" and share.interleaved:  # nothing else keeps the projection; the gates are a section of it
         terms.append(Term("kernels", "projection", tokens * share.projection(kind) * share.number))
     if model.cache.rope_theta is not None:

@@ -32,7 +32,7 @@ class ExportedHola(PackedCalls, HolaAttention):
 
 def float32(config: Any) -> tuple[str, ...]:
     """Names of parameters that stay float32."""
-    gate = ("gate",) if config.cache_merge == "add" else ()
+    gate = ("gate",) if config.cache_merge == "add" and config.rule != "none" else ()
     sink = ("sink",) if config.cache_sink else ()
     route = ("route_out", "route_bias") if config.cache_score == "learned" else ()
     return (*float32_of_the_state(config), "gamma_q", "gamma_k", *gate, *sink, *route)
@@ -40,6 +40,8 @@ def float32(config: Any) -> tuple[str, ...]:
 
 def cuda_graph_problem(config: Any) -> str | None:
     """Why a decoding step cannot be captured in a CUDA graph; None if it can."""
+    if config.rule == "none":
+        return "rule 'none' decodes by plain torch operations"
     if config.cache_score not in ("betae", "e", "betav"):
         return f"cache_score {config.cache_score!r} is not one of betae, e, betav"
     if config.cache_local != "block" or not config.cache_slots or config.cache_read_norm == "none":

@@ -14,6 +14,7 @@ from hola_megatron.layers.given_score import SCORE
 from hola_megatron.layers.inspection import ORACLE, LayerFacts, between, counted, recorded_reads, replaced, state_norms
 
 SCORES, SLOTS = ("betae", "recency", "random", "e", "cosine"), (0, 16, 64, 256)
+STATELESS_SCORES = ("recency", "random", "betav")
 
 
 def facts(mixer: Any, hidden_BTD: Tensor, edges: Sequence[int], memory: Any) -> LayerFacts:
@@ -21,11 +22,12 @@ def facts(mixer: Any, hidden_BTD: Tensor, edges: Sequence[int], memory: Any) -> 
     mass = read_mass(**read).flatten(0, 2).double().mean(0).tolist()
     norms = state_norms(mixer, hidden_BTD, edges, memory)
     held = memory.state.cache_position  # [B, H, w]
-    gates = mixer.gate.sigmoid().tolist() if hasattr(mixer, "gate") else None  # else they differ from token to token
+    gates = mixer.gate.sigmoid().tolist() if hasattr(mixer, "gate") else None  # else of each token, or none
     ages = (length - held[held >= 0]).tolist()
     return LayerFacts(
         local=_local(mixer.options), heads=mixer.num_value_heads,
-        shares=dict(zip(("slots", "local part", "sink"), mass, strict=True)), gates=gates, norms=norms,
+        shares=dict(zip(("slots", "local part", "sink"), mass, strict=True)), gates=gates,
+        norms=norms if memory.state.recurrent else None,
         scores=between(read["score"], edges), kept=counted(held[0], length) if mixer.options.slots else None,
         ages=ages if mixer.options.slots else None)
 
@@ -55,7 +57,8 @@ def swaps(mixer: Any) -> dict[str, Any]:
     options = mixer.options
     if not options.slots:
         return {}
-    found = {f"score {score}": replace(options, score=score) for score in dict.fromkeys((*SCORES, options.score))}
+    scores = STATELESS_SCORES if mixer.rule == "none" else SCORES
+    found = {f"score {score}": replace(options, score=score) for score in dict.fromkeys((*scores, options.score))}
     found |= {f"{slots} slots": replace(options, slots=slots) for slots in SLOTS}
     return {**found, ORACLE: replace(options, score=SCORE)}
 

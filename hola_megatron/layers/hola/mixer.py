@@ -1,4 +1,4 @@
-"""The HOLA mixer as a Megatron module: a Gated DeltaNet mixer whose read includes the exact cache."""
+"""The HOLA mixer as a Megatron module: a Gated DeltaNet mixer whose read includes the exact cache, or is that alone."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from hola_kernels import PackedDocuments, hola_attention
+from hola_kernels import PackedDocuments, exact_attention, hola_attention
 from hola_kernels.stages import CacheOptions, learned_logit
 from hola_megatron.layers.gdn.mixer import GatedDeltaMixer
 from hola_megatron.parallel.context import ContextParallel, hola_attention_over_ranks
@@ -28,14 +28,18 @@ class HolaMixer(GatedDeltaMixer):
         arguments = {**tokens, **self.read_parameters(), **self._by_token(further_BSF), "backend": self.model.backend}
         if cp is not None:
             return hola_attention_over_ranks(**arguments, cp=cp, maps=maps, options=self.options)
+        if self.model.rule == "none":
+            return exact_attention(**arguments, **self.options.without_state, cu_seqlens=packed)
         return hola_attention(**arguments, **asdict(self.options), cu_seqlens=packed)
 
     def _by_token(self, further_BSF: Tensor) -> dict[str, Tensor]:
-        """gate, and the logits of a learned score, as hola_attention takes them."""
+        """gate where there is a state, and the logits of a learned score, as hola_attention takes them."""
         names = self.kind.further_projections(self.model)
         parts = further_BSF.split([rows // self.tp_size for rows in names.values()], -1) if names else ()
         further = dict(zip(names, parts, strict=True))
-        found = {"gate": further["mix"].unflatten(-1, (self.heads, -1)) if "mix" in further else self.gate}
+        found = {}
+        if self.model.rule != "none":
+            found["gate"] = further["mix"].unflatten(-1, (self.heads, -1)) if "mix" in further else self.gate
         if "route" in further:
             found["route"] = learned_logit(further["route"], self.route_out, self.route_bias)
         return found

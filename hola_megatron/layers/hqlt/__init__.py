@@ -76,6 +76,9 @@ class Hqlt(LayerKind):
         if model.heads % parallel.tensor:
             yield (f"model.heads: {model.heads} is not a multiple of {parallel.tensor} (parallel.tensor = "
                    f"{parallel.tensor} cuts heads)")
+        if model.rule == "none":
+            yield ("model.rule: none is for hola layers, and hqlt layers read a state; leave it out, or set "
+                   "model.pattern to H, W and A without hqlt")
         if model.key_dim % 2:
             yield f"model.key_dim: {model.key_dim} is odd, and hqlt layers rotate pairs of channels; make it even"
         if parallel.context > 1:

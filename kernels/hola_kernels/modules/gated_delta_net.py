@@ -33,7 +33,7 @@ class GatedDeltaNet(nn.Module):
         value_dim: V, width of a value head. Default: K.
         num_value_heads: H_v, a multiple of H_k; each key head serves H_v / H_k value heads. Default: H_k.
         conv_width: W, tokens of the short convolutions.
-        rule: "gdn", or "delta": the state never decays (DeltaNet).
+        rule: "gdn", or "delta": the state never decays (DeltaNet). Subclasses name theirs in `rules`.
         beta_range: what the sigmoid of the write strength is multiplied by, 1 or 2 (negative eigenvalues).
         state_delay: W, in tokens: a token reads the state that is W tokens old; 0: its own.
         state_delay_mode: "stream", or "chunk": the state before the token's chunk of W tokens.
@@ -68,8 +68,9 @@ class GatedDeltaNet(nn.Module):
         if self.num_value_heads % num_heads:
             raise KernelError(f"num_value_heads: {self.num_value_heads} is not a multiple of num_heads = {num_heads}")
         keys, values = num_heads * key_dim, self.num_value_heads * self.value_dim
-        rows = {"q": keys, "k": keys, "v": values, "g": values, "b": self.num_value_heads}
-        for name, size in (rows | ({"a": self.num_value_heads} if rule == "gdn" else {})).items():
+        rows = {"q": keys, "k": keys, "v": values, "g": values}
+        state = {"gdn": ("b", "a"), "delta": ("b",), "none": ()}[rule]
+        for name, size in (rows | dict.fromkeys(state, self.num_value_heads)).items():
             setattr(self, f"{name}_proj", nn.Linear(hidden_size, size, bias=False))
         for name in "qkv":
             setattr(self, f"{name}_conv", ShortConvolution(rows[name], conv_width, backend=backend))
@@ -105,12 +106,15 @@ class GatedDeltaNet(nn.Module):
 
     def tokens(self, x: Tensor, cu_seqlens: Tensor | None = None, cache: LayerCache | None = None,
                decoding: bool = False) -> dict[str, Tensor]:
-        """q, k [B, T, H_v, K], v [B, T, H_v, V], log_decay and beta [B, T, H_v] of every token."""
+        """q, k [B, T, H_v, K], v [B, T, H_v, V], and of a layer with a state log_decay and beta [B, T, H_v] of every
+        token."""
         q, k, v = (self._convolved(name, x, cu_seqlens, cache, decoding) for name in "qkv")
-        beta = self.beta_range * self.b_proj(x).to(compute_dtype(x)).sigmoid()
         q, k = (self._per_value_head(x.unflatten(-1, (-1, self.key_dim))) for x in (q, k))
-        v = v.unflatten(-1, (-1, self.value_dim))
-        return {"q": q, "k": k, "v": v, "log_decay": self._log_decay(x), "beta": beta}
+        tokens = {"q": q, "k": k, "v": v.unflatten(-1, (-1, self.value_dim))}
+        if self.rule == "none":
+            return tokens
+        beta = self.beta_range * self.b_proj(x).to(compute_dtype(x)).sigmoid()
+        return tokens | {"log_decay": self._log_decay(x), "beta": beta}
 
     def _log_decay(self, x: Tensor) -> Tensor:
         """[B, T, H_v], zero without decay."""

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hola_kernels.attention import hola_attention
-from hola_kernels.attention_step import hola_attention_step
+from hola_kernels.attention import exact_attention, hola_attention, stateless_score
+from hola_kernels.attention_step import exact_attention_step, hola_attention_step
 from hola_kernels.errors import KernelError
 from hola_kernels.kept_attention.controller import learned_logit
 from hola_kernels.modules.cache import LayerCache
@@ -26,7 +26,8 @@ class HolaAttention(GatedDeltaNet):
     that they wrote to the state. Its weight per head is sigmoid(gate), or as `merge` says.
 
     Args:
-        hidden_size, num_heads, key_dim, value_dim, and further keywords: as in `GatedDeltaNet`.
+        hidden_size, num_heads, key_dim, value_dim, and further keywords: as in `GatedDeltaNet`. rule is also "none":
+            no state, the read is all there is (`exact_attention`); then without b_proj and gate, with merge "add".
         block: tokens of a cache block.
         slots: tokens kept exactly per head; 0: no cache.
         score: "betae", "e", "betav", "recency", "random", "cosine" or "learned" (a small network of the input per
@@ -42,6 +43,8 @@ class HolaAttention(GatedDeltaNet):
         gate_init: start value of the read gate, before its sigmoid; for merge "add".
     """
 
+    rules = (*GatedDeltaNet.rules, "none")
+
     def __init__(self, hidden_size: int, num_heads: int, key_dim: int, value_dim: int | None = None, *,
                  block: int = CacheOptions.block, slots: int = CacheOptions.slots, score: str = CacheOptions.score,
                  read_norm: str = CacheOptions.read_norm, local: str = CacheOptions.local, window: int | None = None,
@@ -53,11 +56,13 @@ class HolaAttention(GatedDeltaNet):
                               "'stream'")
         self.options, self.gate_init = CacheOptions(
             block, slots, score, read_norm, local, window, rope_theta, merge, self.state_delay), gate_init
+        if self.rule == "none":
+            self._check_without_state()
         self.gamma_q = nn.Parameter(torch.ones(key_dim, dtype=torch.float32))
         self.gamma_k = nn.Parameter(torch.ones(key_dim, dtype=torch.float32))
-        if merge == "add":
+        if merge == "add" and self.rule != "none":
             self.gate = nn.Parameter(torch.full((self.num_value_heads,), gate_init, dtype=torch.float32))
-        else:
+        elif merge != "add":
             numbers = self.num_value_heads * (2 if merge == "two" else self.value_dim)
             self.mix_proj = nn.Linear(hidden_size, numbers, bias=False)
             self.mix_proj.weight.data.normal_(0.0, self.init_std)
@@ -71,6 +76,12 @@ class HolaAttention(GatedDeltaNet):
             self.route_bias = nn.Parameter(torch.zeros(self.num_value_heads, dtype=torch.float32))
         self.sink = nn.Parameter(torch.zeros(self.num_value_heads, dtype=torch.float32)) if sink else None
 
+    def _check_without_state(self) -> None:
+        stateless_score(self.options)
+        for name, allowed in (("merge", "add"), ("state_delay", 0)):
+            if (value := getattr(self.options, name)) != allowed:
+                raise KernelError(f"{name}: {value!r} is of a state, and rule is 'none'; give {allowed!r}")
+
     @torch.no_grad()
     def reset_parameters(self) -> None:
         """As in `GatedDeltaNet`; gamma_q and gamma_k one, gate `gate_init`, sink zero."""
@@ -78,7 +89,7 @@ class HolaAttention(GatedDeltaNet):
         if hasattr(self, "gamma_q"):
             self.gamma_q.fill_(1.0)
             self.gamma_k.fill_(1.0)
-            if self.options.merge == "add":
+            if hasattr(self, "gate"):
                 self.gate.fill_(self.gate_init)
             if self.sink is not None:
                 self.sink.zero_()
@@ -98,24 +109,29 @@ class HolaAttention(GatedDeltaNet):
 
     def _read_arguments(self) -> dict[str, Any]:
         parameters = {"gamma_q": self.gamma_q, "gamma_k": self.gamma_k, "sink": self.sink}
-        return parameters | ({"gate": self.gate} if self.options.merge == "add" else {})
+        return parameters | ({"gate": self.gate} if hasattr(self, "gate") else {})
 
     def _mix(self, tokens: dict[str, Tensor], cu_seqlens: Tensor | None, cache: LayerCache | None) -> Tensor:
-        arguments = {**tokens, **self._read_arguments(), **asdict(self.options), "cu_seqlens": cu_seqlens,
-                     "backend": self.backend}
+        run, options = hola_attention, asdict(self.options)
+        if self.rule == "none":
+            run, options = exact_attention, self.options.without_state
+        arguments = {**tokens, **self._read_arguments(), **options, "cu_seqlens": cu_seqlens, "backend": self.backend}
         if cache is None:
-            return hola_attention(**arguments)
-        o, after = hola_attention(**arguments, state=cache.state, return_state=True)
+            return run(**arguments)
+        o, after = run(**arguments, state=cache.state, return_state=True)
         cache.state = after.map(Tensor.detach)
         return o
 
     def _step(self, one: dict[str, Tensor], state: HolaState) -> Tensor:
-        choices = {name: getattr(self.options, name) for name in ("score", "read_norm", "local", "window",
-                                                                  "rope_theta", "merge")}
-        return hola_attention_step(**one, **self._read_arguments(), **choices, state=state, backend=self.step_backend)
+        names = ("score", "read_norm", "local", "window", "rope_theta")
+        arguments = {**one, **self._read_arguments(), **{name: getattr(self.options, name) for name in names},
+                     "state": state, "backend": self.step_backend}
+        if self.rule == "none":
+            return exact_attention_step(**arguments)
+        return hola_attention_step(**arguments, merge=self.options.merge)
 
     def _empty_state(self, v: Tensor) -> HolaState:
         return HolaState.empty(v.shape[0], self.num_value_heads, self.key_dim, self.value_dim, dtype=v.dtype,
                                block=self.options.block, slots=self.options.slots,
                                window_blocks=self.options.window_blocks, rope_theta=self.options.rope_theta,
-                               state_delay=self.state_delay, device=v.device)
+                               state_delay=self.state_delay, recurrent=self.rule != "none", device=v.device)
