@@ -31,7 +31,7 @@ def inputs(mixing: str, width: int, dtype: torch.dtype) -> dict[str, torch.Tenso
 
 
 def gradients(y: torch.Tensor, x: dict[str, torch.Tensor | None]) -> list[torch.Tensor]:
-    dy = torch.randn(y.shape, generator=torch.Generator().manual_seed(1)).to(y.device, y.dtype)
+    dy = torch.randn(y.shape, generator=torch.Generator("cuda").manual_seed(1), device="cuda").to(y.dtype)
     return torch.autograd.grad(y, [value for value in x.values() if value is not None], dy)
 
 

@@ -110,3 +110,10 @@ def test_two_gpus_train_as_one_does(parallel, spec, on_cpu):
     for want, have in zip(on_cpu, losses("cuda", backend="triton", layer_spec=spec, parallel=parallel), strict=True):
         assert have[0] == pytest.approx(want[0], rel=1e-5)
         assert have[1] == pytest.approx(want[1], rel=1e-3)
+
+
+def test_hola_layers_without_a_state_train_as_on_the_cpu():
+    model = {"rule": "none", "pattern": "H", "cache": {"block": 64, "slots": 32, "score": "recency"}}
+    for want, have in zip(losses("cpu", backend="torch", **model), losses("cuda", backend="triton", **model),
+                          strict=True):
+        assert have[0] == pytest.approx(want[0], rel=1e-5) and have[1] == pytest.approx(want[1], rel=1e-3)
