@@ -172,6 +172,14 @@ class LayerKind:
         """Why the Triton kernels do not support layers of this shape; None if they do."""
         return None
 
+    def timed_flops(self, model: ModelConfig, length: int) -> float:
+        """`forward_flops` as the plan's speed counts them: more where kernels are slower than those of the state."""
+        return self.forward_flops(model, length)
+
+    def launching(self, recipe: Recipe) -> float:
+        """Host time to launch a layer without a CUDA graph, beside that of a gdn or hola layer (plan/speed.py)."""
+        return 1.0
+
     def speed_note(self, recipe: Recipe) -> str | None:
         """What runs on a GPU have not shown of the plan's speed of these layers; None: it is near that of a run."""
         return f"{self.name} layers"

@@ -7,7 +7,7 @@ A micro-batch takes the device so long as its parts added up, or the host so lon
     mixers       FLOPs of state, cache attention and softmax attention, at a lower rate
     memory       what the layers keep for their backward passes (plan/activations.py), moved PASSES times; logits
     messages     what tensor and expert ranks send each other, at one rate; context ranks' share of the whole
-    launching    a fixed time a layer: the host's, or what is left of it in a graph
+    launching    a fixed time a layer of its kind: the host's, or what is left of it in a graph
     update       bytes of the optimizer's state, and the reduction of gradients over data ranks
 
 `Rates` are fitted to runs on H200s (plan/measured.py has them all, with the fit's error of each). Other devices are
@@ -43,7 +43,7 @@ class Rates:
     context: float = 1.13         # a micro-batch over context ranks, of one without
     context_layer: float = 0.75e-3
     device_layer: float = 0.81e-3  # a layer's many small kernels
-    host_layer: float = 7.0e-3    # launching one layer, forward and backward
+    host_layer: float = 7.0e-3    # launching one layer, forward and backward; kinds with more launches say so
     host_layer_tensor: float = 8.7e-3  # with tensor ranks
     host_layer_context: float = 11e-3
     host_layer_experts: float = 26e-3
@@ -124,7 +124,7 @@ def _device(recipe: Recipe, stage: int, peak: float, memory: float, rates: Rates
     if model.moe.experts is not None:
         weights = len(kinds) * model.moe.top_k * 3 * model.hidden_size * model.expert_hidden_size
         layers += 6 * weights * share.norm_tokens / (peak * rates.experts)
-    mixed = sum(kind.forward_flops(model, recipe.train.sequence_length) * n for kind, n in counted)
+    mixed = sum(kind.timed_flops(model, recipe.train.sequence_length) * n for kind, n in counted)
     layers += 3 * mixed / parallel.tensor * tokens / (peak * rates.mixers)
     layers += PASSES * sum(term.bytes * n for kind, n in counted for term in saved_by_layer(share, kind)
                            if term.part != "context") / memory
@@ -159,7 +159,8 @@ def _host(recipe: Recipe, stage: int, rates: Rates) -> float:
     layer = max(rates.host_layer_experts if recipe.model.moe.experts is not None else rates.host_layer,
                 rates.host_layer_tensor if parallel.tensor > 1 else 0.0,
                 rates.host_layer_context if parallel.context > 1 else 0.0)
-    return len(stage_layers(recipe, stage)) * layer * (4 / 3 if recipe.train.recompute == "full" else 1)
+    launches = sum(kind.launching(recipe) for kind in stage_layers(recipe, stage))
+    return launches * layer * (4 / 3 if recipe.train.recompute == "full" else 1)
 
 
 def _update(recipe: Recipe, world: int, stage: int, bandwidth: float, rates: Rates) -> float:

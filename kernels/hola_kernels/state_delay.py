@@ -25,6 +25,7 @@ from hola_kernels.checks import check_tokens, segments_of
 from hola_kernels.errors import KernelError
 from hola_kernels.gated_delta import gated_delta_rule
 from hola_kernels.memo import memoise
+from hola_kernels.moved_rows import moved_rows
 from hola_kernels.operation import operation
 from hola_kernels.packed import PackedDocuments, check_max_seqlen, documents_of
 
@@ -74,10 +75,10 @@ def shifted(x: Tensor, bounds: Tensor, by: int) -> Tensor:
 
     x [B, T, ...]; bounds [N + 1] int64: cumulative lengths of the documents of its tokens.
     """
-    source, valid = memoise(bounds, ("shifted", by, x.shape[0] * x.shape[1]),
-                            lambda: _shift_table(bounds, x.shape[0] * x.shape[1], by))
-    moved = x.flatten(0, 1).index_select(0, source)
-    return moved.masked_fill(~valid.view(-1, *[1] * (moved.ndim - 1)), 0.0).view(x.shape)
+    tokens = x.shape[0] * x.shape[1]
+    way, back = (memoise(bounds, ("shifted", way, tokens), lambda way=way: _shift_table(bounds, tokens, way))
+                 for way in (by, -by))
+    return moved_rows(x.flatten(0, 1), way, back).view(x.shape)
 
 
 def _shift_table(bounds: Tensor, tokens: int, by: int) -> tuple[Tensor, Tensor]:
@@ -103,15 +104,18 @@ class Doubled:
 
     def spread(self, x: Tensor) -> Tensor:
         """[B, T, ...] -> [B, 2 T, ...]."""
-        return x.flatten(0, 1).index_select(0, self.source).view(x.shape[0], -1, *x.shape[2:])
+        rows = moved_rows(x.flatten(0, 1), (self.source, None), (self.read_at, None), (self.write_at, None))
+        return rows.view(x.shape[0], -1, *x.shape[2:])
 
     def reading(self, x: Tensor) -> Tensor:
         """[B, 2 T, ...] -> [B, T, ...], of the indices that read."""
-        return x.flatten(0, 1).index_select(0, self.read_at).view(x.shape[0], -1, *x.shape[2:])
+        rows = moved_rows(x.flatten(0, 1), (self.read_at, None), (self.source, ~self.writes))
+        return rows.view(x.shape[0], -1, *x.shape[2:])
 
     def writing(self, x: Tensor) -> Tensor:
         """[B, 2 T, ...] -> [B, T, ...], of the indices that write."""
-        return x.flatten(0, 1).index_select(0, self.write_at).view(x.shape[0], -1, *x.shape[2:])
+        rows = moved_rows(x.flatten(0, 1), (self.write_at, None), (self.source, self.writes))
+        return rows.view(x.shape[0], -1, *x.shape[2:])
 
 
 def doubled_table(bounds: Tensor, tokens: int, delay: int, seen: Tensor | None = None) -> Doubled:

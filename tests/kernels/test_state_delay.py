@@ -6,8 +6,10 @@ import pytest
 import torch
 from inputs import gradients, make_inputs, relative_error
 from memory_definition import late_loop
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from hola_kernels import KernelError, gated_delta_rule
+from hola_kernels.moved_rows import moved_rows
 from hola_kernels.state_delay import delayed_delta_rule
 
 TOKENS = ("q", "k", "v", "log_decay", "beta")
@@ -35,6 +37,36 @@ def test_float64_matches_the_loop(mode, packing, delay, backend):
         have, expected = gradients(found, inputs), gradients(want[None], inputs)
         for name, gradient in expected.items():
             assert (have[name] - gradient).norm() <= 1e-9 * gradient.norm(), name
+
+
+@MODES
+def test_gradients_are_gathered(mode):
+    """index_add, the gradient of index_select, would add rows one by one and in no fixed order on a GPU."""
+    seen = set()
+
+    class Names(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            seen.add(function.overloadpacket.__name__)
+            return function(*args, **(kwargs or {}))
+
+    inputs, bounds = tokens_of(60), torch.tensor([0, 25, 60])
+    with Names():
+        o, _ = delayed_delta_rule(**inputs, delay=20, mode=mode, cu_seqlens=bounds, backend="reference")
+        torch.autograd.grad(o.sum(), inputs["q"])
+    assert "index_select" in seen and not {"index_add", "index_add_", "scatter_add", "scatter_add_"} & seen
+
+
+def test_moved_rows_have_both_derivatives():
+    source, writes = torch.tensor([0, 1, 0, 2, 1, 2]), torch.tensor([False, False, True, False, True, True])
+    read_at, write_at = torch.tensor([0, 1, 3]), torch.tensor([2, 4, 5])
+
+    def there_and_back(x):
+        twice = moved_rows(x, (source, None), (read_at, None), (write_at, None))
+        valid = torch.tensor([True, False, True])
+        return moved_rows(twice.square(), (read_at, valid), (source, ~writes & (source != 1)))
+
+    x = torch.randn(3, 2, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(there_and_back, x) and torch.autograd.gradgradcheck(there_and_back, x)
 
 
 @MODES

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 WINDOW_COLUMNS = 64  # tokens of a tile of keys (hola_kernels.exact_cache.read_configs)
 STATE_SCORES, POSITION_SCORES = ("betae", "e", "betav"), ("recency", "random")  # as in hola_kernels.options
+LAUNCHING_PARTS = 1.6  # where state and read are operations of their own, of the score cosine (docs/plan.md)
 STATELESS_SCORES = (*POSITION_SCORES, "betav", "learned")
 
 
@@ -138,12 +139,18 @@ class Hola(GatedDeltaNet):
             return f"cache.block {model.cache.block} of a window is not a multiple of {WINDOW_COLUMNS}"
         return None
 
+    def launching(self, recipe: Recipe) -> float:
+        return 1.0 if self._is_one_operation(recipe) else LAUNCHING_PARTS
+
+    def _is_one_operation(self, recipe: Recipe) -> bool:
+        fused = is_fused_over_ranks if recipe.parallel.context > 1 else is_fused
+        return fused(recipe.model) and recipe.model.cache.score in (*STATE_SCORES, *POSITION_SCORES)
+
     def speed_note(self, recipe: Recipe) -> str | None:
         if recipe.model.rule == "none":
             return "hola layers without a state"
-        fused = is_fused_over_ranks if recipe.parallel.context > 1 else is_fused
-        if not fused(recipe.model) or recipe.model.cache.score not in (*STATE_SCORES, *POSITION_SCORES):
-            return "hola layers that are not one fused operation (a run with the score cosine was 23 % slower)"
+        if not self._is_one_operation(recipe) and recipe.model.cache.score != "cosine":
+            return "hola layers that are not one fused operation"
         return super().speed_note(recipe)
 
     def check_sizes(self, recipe: Recipe) -> Iterator[str]:
