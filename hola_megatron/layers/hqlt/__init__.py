@@ -68,8 +68,8 @@ class Hqlt(LayerKind):
     def speed_note(self, recipe: Recipe) -> str | None:
         if recipe.model.hqlt.blend == "sync":
             return None
-        return ("hqlt layers whose state is late (runs were 11 and 19 % slower than predicted, stream and chunk, before "
-                "gradients of moved rows were gathered)")
+        return ("hqlt layers whose state is late (runs were 11 and 19 % slower than predicted, stream and chunk, "
+                "before gradients of moved rows were gathered)")
 
     def workspace(self, share: Share) -> float:
         return costs.workspace(share, self)
