@@ -29,13 +29,15 @@ from hola_megatron.errors import RecipeError, run_cli
 from hola_megatron.log.console import code_version, device_name
 from hola_megatron.startup.start import start, stop
 
+THRESHOLD = "controller.threshold"  # a layer that has it keeps what reaches it
+
 
 def recipe_of(options: argparse.Namespace) -> Recipe:
     """The recipe with so many micro-batches a step."""
     recipe = load_recipe(options.recipe, options.overrides)
     size = recipe.train.micro_batch_size * options.micro_batches
     recipe = load_recipe(options.recipe, [*options.overrides, f"train.global_batch_size={size}"])
-    if all(kind.name != "ham" for kind in recipe.model.layer_kinds):
+    if all(THRESHOLD not in kind.states(recipe.model) for kind in recipe.model.layer_kinds):
         raise RecipeError(f"model.pattern: {recipe.model.pattern} has no ham layer, whose share is what is varied")
     if any(not 0 <= share <= 1 for share in options.shares):
         raise RecipeError("--shares: must lie between 0 and 1")
