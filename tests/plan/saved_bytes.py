@@ -3,8 +3,8 @@
     TRITON_INTERPRET=1 python tests/plan/saved_bytes.py '{"cases": [["model.pattern=H", ...], ...], "where": {}}' ...
 
 One layer for each list of a job's cases; a process for each job, with the variables of "where", forked from the one
-that has imported everything. Prints {"measured", "planned"} in bytes of every case of every job, as JSON. One thing is
-made as it is on a GPU: the experts' fused SwiGLU.
+that has imported everything. Prints {"measured", "planned"} in bytes of every case of every job, as JSON. Two things
+are made as they are on a GPU: the experts' fused SwiGLU, and in 16 bits what flash attention keeps of an HQLT window.
 """
 
 from __future__ import annotations
@@ -18,15 +18,18 @@ import sys
 import weakref
 from multiprocessing.connection import Connection
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import torch
+import torch.nn.attention.varlen as varlen
 from interpreted import patch_language_once
 from megatron.core import parallel_state
 from torch import Tensor
 
 from hola_kernels import PackedDocuments
+from hola_kernels.hqlt import flash_window
 from hola_megatron.config import Recipe, load_recipe
 from hola_megatron.layers.costs import Share
 from hola_megatron.layers.documents import Documents
@@ -48,8 +51,24 @@ class Kept:
         self.tensor = tensor
 
 
+class Flash(torch.autograd.Function):
+    """What torch's attention over documents keeps; it has no CPU form."""
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        o = torch.zeros_like(v)
+        ctx.save_for_backward(q, k, v, o, torch.zeros(q.shape[1], q.shape[0]))
+        return o
+
+
+def flash_as_on_a_gpu() -> None:
+    varlen.varlen_attn = lambda q, k, v, *_, **__: Flash.apply(q, k, v)
+    flash_window.flash_refusal = lambda q, v: None if q.dtype == torch.bfloat16 else "32 bits"
+
+
 def main() -> None:
     patch_language_once()
+    flash_as_on_a_gpu()
     context = multiprocessing.get_context("fork")
     processes, ends = [], []
     for job in map(json.loads, sys.argv[1:]):
@@ -92,7 +111,8 @@ def measured(recipe: Recipe, layout: Layout) -> int:
     cuts = torch.arange(0, rows * length + 1, train.sequence_length, dtype=torch.int32)
     documents = Documents.of(PackedDocuments(cuts), layout.context_rank, layout.context) if packed else None
     pieces = layout.context * (layout.tensor if recipe.parallel.sequence else 1)
-    x = torch.randn(length // pieces, rows, recipe.model.hidden_size, requires_grad=True)
+    dtype = torch.bfloat16 if train.precision == "bf16" else torch.float32
+    x = torch.randn(length // pieces, rows, recipe.model.hidden_size, dtype=dtype, requires_grad=True)
     owned = {parameter.untyped_storage().data_ptr() for parameter in chunk.parameters()}
     saved: weakref.WeakSet[Kept] = weakref.WeakSet()
 

@@ -18,6 +18,7 @@ from helpers import LONG
 
 SCRIPT = Path(__file__).parent / "saved_bytes.py"
 ENVIRONMENT = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "TORCHDYNAMO_DISABLE": "1"}
+HQLT_CHUNK = ["model.hqlt.blend=delayed_chunk", "model.hqlt.mixing=sum"]
 ALONE = [["model.pattern=H"], ["model.pattern=G"], ["model.pattern=A"], ["model.pattern=H", "model.rule=delta"],
          ["model.pattern=H", "model.rule=none", "model.cache.score=recency"],
          ["model.pattern=H", "model.rule=none", "model.cache.slots=0", "data.documents=joined"],
@@ -32,10 +33,15 @@ ALONE = [["model.pattern=H"], ["model.pattern=G"], ["model.pattern=A"], ["model.
          ["model.pattern=H", "model.cache.merge=two"], ["model.pattern=H", "model.cache.merge=convex"],
          ["model.pattern=H", "model.cache.merge=convex", "data.documents=joined"],
          ["model.pattern=H", "model.cache.read_norm=none"],
+         *(["model.pattern=hqlt", "train.precision=bf16", *words] for words in (
+             [], ["data.documents=joined"], ["model.hqlt.mixing=sum"], ["model.hqlt.mixing=scalar"], HQLT_CHUNK,
+             ["model.hqlt.blend=delayed_stream", "model.hqlt.mixing=sum", "data.documents=joined"],
+             ["model.hqlt.blend=delayed_chunk", "data.documents=joined"])),
          ["model.pattern=H", "model.moe.experts=8", "model.moe.top_k=2", "model.moe.hidden_size=48"],
          ["model.pattern=A", "model.moe.experts=16", "model.moe.top_k=4", "model.moe.hidden_size=64"]]
 TENSOR = [["parallel.tensor=2", "parallel.sequence=true", f"model.pattern={kind}"] for kind in "HA"]
 SHOWN = (["model.rule=none", "model.cache.score=recency"], ["data.documents=joined"],
+         ["train.precision=bf16", "data.documents=joined"], ["train.precision=bf16", *HQLT_CHUNK],
          ["model.moe.experts=16", "model.moe.top_k=4", "model.moe.hidden_size=64"])
 CONTEXT = [["parallel.context=2", "train.micro_batch_size=1", f"model.pattern={kind}"] for kind in "HGA"]
 if not LONG:  # a kind of layer each, with joined documents and with experts

@@ -24,6 +24,10 @@ GATES = 24 * 2048 * 1024 * 2
 MEASURED = [("hola_340m", ["train.micro_batch_size=32", "train.global_batch_size=64", AT_ONCE], 92.4),
             ("hola_340m", ["train.micro_batch_size=16", "train.global_batch_size=16", AT_ONCE], 49.6)]
 
+# the same at commit 31faf99, with nothing to add: other layers, of docs/plan.md
+OTHER_LAYERS = [("gdn_340m", 32, 79.3), ("hqlt_sync_340m", 32, 104.0), ("hqlt_delayed_stream_340m", 32, 104.0),
+                ("hqlt_delayed_chunk_340m", 16, 69.0), ("ham_340m_share10", 16, 52.2)]
+
 
 def memory(name: str, *overrides: str, world: int = 1):
     return worst_stage(load_recipe(RECIPES / f"{name}.yaml", list(overrides)), world)
@@ -33,6 +37,12 @@ def memory(name: str, *overrides: str, world: int = 1):
 def test_estimates_meet_measured_peaks(name, overrides, gb):
     gates = GATES * load_recipe(RECIPES / f"{name}.yaml", overrides).train.micro_batch_size
     assert (memory(name, *overrides).allocated + gates) / GB == pytest.approx(gb, rel=0.02)
+
+
+@pytest.mark.parametrize(("name", "micro_batch", "gb"), OTHER_LAYERS)
+def test_estimates_of_other_layers_meet_measured_peaks(name, micro_batch, gb):
+    found = memory(name, f"train.micro_batch_size={micro_batch}", "train.global_batch_size=64")
+    assert found.allocated / GB == pytest.approx(gb, rel=0.01)
 
 
 def test_memory_grows_with_the_micro_batch_and_shrinks_with_every_cut():

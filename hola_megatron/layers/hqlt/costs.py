@@ -46,11 +46,13 @@ def saved(share: Share, kind: LayerKind) -> list[Term]:
     """Of SiLU, the delta rule, the softmax window, the mixing and the norm."""
     model, e, tokens, heads = share.recipe.model, share.number, share.tokens, share.heads(kind)
     key, value, row = heads * model.key_dim, heads * model.value_dim, _row(share)
+    gates = 1 if row == tokens else 2  # of a doubled row the rule keeps copies
     terms = [
         Term("activations", "fused projection q k v mix b", tokens * share.projection(kind) * e),
         Term("activations", "input of the output projection", tokens * value * share.product),
         Term("kernels", "q k v after SiLU", (row * (2 * key + value)) * e),
         Term("kernels", "beta and decay", 2 * row * heads * FLOAT32),
+        Term("kernels", "the gates' own, inverse norms", (gates + 1) * tokens * heads * FLOAT32),
         Term("kernels", "chunk scales, U and P",
              _chunks(share) * heads * (SCALES * CHUNK * FLOAT32 + 2 * CHUNK * CHUNK * e)),
         *_window_saved(share, heads),
@@ -69,7 +71,11 @@ def _window_saved(share: Share, heads: int) -> list[Term]:
     model, e, window = share.recipe.model, share.number, share.recipe.model.hqlt.window
     key, value = heads * model.key_dim, heads * model.value_dim
     if e == 2 and model.key_dim == model.value_dim:
+        # v after SiLU in rows of its own: the rule holds a copy of both passes, or of another order
+        values = value if model.hqlt.blend == "delayed_chunk" or share.interleaved else 0
+        read = value if model.hqlt.mixing == "sum" else 0  # the merge does not hold it
         return [Term("kernels", "rotated q and k", share.tokens * 2 * key * e),
+                Term("kernels", "v and output of the window", share.tokens * (values + read) * e),
                 Term("kernels", "log-sums of the softmax", share.tokens * heads * FLOAT32)]
     banded = share.sequences * math.ceil(share.tokens / share.sequences / window) * window
     return [Term("kernels", "bands of q k v and their softmax", banded * (3 * key + 3 * value) * e),
