@@ -110,6 +110,23 @@ def test_the_window_by_flash_attention_is_the_definition(monkeypatch, blend, bou
     assert all(relative_error(a, b) < 1e-9 for a, b in zip(have, expected, strict=True))
 
 
+@pytest.mark.parametrize("blend", BLENDS)
+def test_more_documents_than_a_call_of_flash_attention_takes_are_read_in_bands(monkeypatch, blend):
+    import torch.nn.attention.varlen as varlen
+
+    seen = {}
+    monkeypatch.setattr(varlen, "varlen_attn", stand_in(seen))
+    monkeypatch.setattr(flash_window, "flash_refusal", lambda q, v: None)
+    monkeypatch.setattr(flash_window, "MOST_DOCUMENTS", 3)
+    monkeypatch.setattr(sys.modules["hola_kernels.hqlt"], "choose_backend", lambda *_: "triton")
+    made, x = layer(blend), given(60)
+    for bounds in ((0, 20, 60), (0, 1, 2, 3, 60)):
+        seen.clear()
+        found = made(x, cu_seqlens=torch.tensor(bounds))
+        assert relative_error(found[0], defined(made, x[0], bounds)) < 1e-9
+        assert bool(seen) == (blend != "delayed_chunk" and len(bounds) == 3)  # 60 tokens have room for 3 more chunks
+
+
 def test_chunks_are_documents():
     """Of 5 tokens; as many as there is room for, whatever the lengths."""
     chunks = flash_window.chunks_of(torch.tensor([0, 0, 7, 8, 18]), 18, 5)

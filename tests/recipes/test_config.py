@@ -327,6 +327,9 @@ def test_layers_without_a_state_are_taken_with_scores_that_need_none():
     ("model.cache.slots=0 model.cache.local=none model.cache.sink=false", "model.cache.sink: false, and a token would "
      "read itself alone (no state, no slots, no local part), its q and k without effect; give model.cache.slots or a "
      "local part"),
+    ("model.cache.slots=0 model.cache.block=1 model.cache.sink=false", "model.cache.sink: false, and a token would "
+     "read itself alone (no state, no slots, no local part), its q and k without effect; give model.cache.slots or a "
+     "local part"),
     ("model.state_delay=4", "model.state_delay: 4 is not possible with model.rule = none; set it to 0"),
     ("parallel.context=2", "parallel.context: 2 is not possible with model.rule = none; set it to 1"),
     ("train.cuda_graph=true", "model.rule: none is not possible with train.cuda_graph; set train.cuda_graph to false"),

@@ -78,7 +78,7 @@ class Hola(GatedDeltaNet):
         if cache.slots and cache.score not in STATELESS_SCORES:
             yield (f"model.cache.score: {cache.score} is made from a state, and model.rule is none; set it to "
                    f"{', '.join(STATELESS_SCORES[:-1])} or {STATELESS_SCORES[-1]}, or model.cache.slots to 0")
-        if not cache.slots and costs.reach(cache) == 1 and not cache.sink:
+        if not cache.slots and (costs.reach(cache) or cache.block) == 1 and not cache.sink:
             yield ("model.cache.sink: false, and a token would read itself alone (no state, no slots, no local part), "
                    "its q and k without effect; give model.cache.slots or a local part")
         for path, value, allowed in (("model.cache.merge", cache.merge, "add"),

@@ -51,8 +51,10 @@ def hqlt_attention(*, q: Tensor, k: Tensor, v: Tensor, beta: Tensor, mix: Tensor
     q, k [B, T, H, K] with an even K and v [B, T, H, V]: as projected (SiLU, norms and positions are applied here).
     beta [B, T, H] in (0, 2). mix: what the mixing's sigmoids take, [B, T, H, 2] for "scalar" (of the state, of the
     softmax), [B, T, H, V] for "vector", None for "sum". window: W, in tokens. rope_theta: base of the rotary positions.
-    cu_seqlens, max_seqlen, backend: as in `gated_delta_rule`. The Triton backend reads the window by flash attention
-    where that takes the dtype and the widths, else, as the others, scaled_dot_product_attention reads bands of it.
+    cu_seqlens, backend: as in `gated_delta_rule`. The Triton backend reads the window by flash attention where that
+    takes the dtype and the widths, else, as the others, scaled_dot_product_attention reads bands of it.
+    max_seqlen: no document is longer. A value too low is an error that nobody sees: flash attention leaves later tokens
+    out.
     Raises KernelError.
     """
     check_tokens(q, k, v, beta=beta)

@@ -18,6 +18,8 @@ from hola_kernels.packed import PackedDocuments
 from hola_kernels.rotary import rotary_
 from hola_kernels.softmax_attention.flash_documents import attend_flash, flash_refusal
 
+MOST_DOCUMENTS = 65535  # of a call: they are the second axis of flash attention's grid
+
 
 def flash_window(q_BTHK: Tensor, k_BTHK: Tensor, v_BTHV: Tensor, documents: PackedDocuments | None, bounds: Tensor, *,
                  window: int, chunked: bool, rope_theta: float) -> Tensor | None:
@@ -26,6 +28,9 @@ def flash_window(q_BTHK: Tensor, k_BTHK: Tensor, v_BTHV: Tensor, documents: Pack
     bounds [N + 1]: the documents, or the rows of a batch, among the flat tokens. q and k are rotated here, in copies.
     """
     refusal = flash_refusal(q_BTHK, v_BTHV)
+    tokens, count = v_BTHV.shape[0] * v_BTHV.shape[1], bounds.numel() - 1
+    if (count + tokens // window if chunked else count) > MOST_DOCUMENTS:
+        refusal = refusal or f"more than {MOST_DOCUMENTS} documents or chunks"
     _announce("flash attention" if refusal is None else "bands of torch", refusal or "CUDA device")
     if refusal is not None:
         return None
@@ -34,7 +39,7 @@ def flash_window(q_BTHK: Tensor, k_BTHK: Tensor, v_BTHV: Tensor, documents: Pack
     if not chunked:
         return attend_flash(q, k, v_BTHV, documents, 0, window)
     q, k, v = (x.flatten(0, 1)[None] for x in (q, k, v_BTHV))
-    return attend_flash(q, k, v, chunks_of(bounds, v.shape[1], window), 0, None).view(v_BTHV.shape)
+    return attend_flash(q, k, v, chunks_of(bounds, tokens, window), 0, None).view(v_BTHV.shape)
 
 
 def chunks_of(bounds: Tensor, tokens: int, window: int) -> PackedDocuments:
