@@ -10,6 +10,7 @@ from hola_megatron.config import load_recipe
 from hola_megatron.layers.costs import Share
 from hola_megatron.layers.gdn.costs import spans
 from hola_megatron.layers.hola import HOLA
+from hola_megatron.layers.hola.costs import read_workspace
 from hola_megatron.plan.activations import saved_by_layer
 from hola_megatron.plan.memory import GB, _moments, live_micro_batches, stage_memory, worst_stage
 
@@ -55,6 +56,13 @@ def test_memory_grows_with_the_micro_batch_and_shrinks_with_every_cut():
     assert whole > tensor > sequence > stages
     assert whole > memory("hola_7b", world=512).total  # optimizer state
     assert memory("hola_7b", *TENSOR, "parallel.distributed_optimizer=false", world=64).total > sequence
+
+
+def test_layers_without_a_state_need_no_room_for_its_gradients():
+    changes = ["model.key_dim=256", "model.value_dim=256", "model.cache.slots=0"]
+    with_state, without = (Share(load_recipe(RECIPES / "hola_340m.yaml", [*changes, f"model.rule={rule}"]))
+                           for rule in ("gdn", "none"))
+    assert HOLA.workspace(without) == read_workspace(with_state, HOLA) < HOLA.workspace(with_state)
 
 
 def test_recompute_keeps_inputs_and_one_layer():
