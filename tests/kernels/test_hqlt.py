@@ -90,41 +90,49 @@ def test_float64_is_the_definition_with_every_gradient(blend, mixing, bounds):
         assert relative_error(a, b) < 1e-9, name
 
 
-@pytest.mark.parametrize("blend", BLENDS)
-@pytest.mark.parametrize(("bounds", "rows"), [((0, 53), 1), ((0, 0, 1, 33, 33, 49, 60, 60), 1), (None, 2)])
-def test_the_window_by_flash_attention_is_the_definition(monkeypatch, blend, bounds, rows):
-    """Its own function has no CPU form: the definition of that one is called instead."""
+@pytest.fixture
+def flash(monkeypatch):
+    """What flash attention was called with, by the stand-in that every call is taken by."""
     import torch.nn.attention.varlen as varlen
 
     seen = {}
     monkeypatch.setattr(varlen, "varlen_attn", stand_in(seen))
     monkeypatch.setattr(flash_window, "flash_refusal", lambda q, v: None)
     monkeypatch.setattr(sys.modules["hola_kernels.hqlt"], "choose_backend", lambda *_: "triton")
+    return seen
+
+
+@pytest.mark.parametrize("blend", BLENDS)
+@pytest.mark.parametrize(("bounds", "rows"), [((0, 53), 1), ((0, 0, 1, 33, 33, 49, 60, 60), 1), (None, 2)])
+def test_the_window_by_flash_attention_is_the_definition(flash, blend, bounds, rows):
+    """Its own function has no CPU form: the definition of that one is called instead."""
     made, x = layer(blend), given((bounds or (60,))[-1], batch=rows).requires_grad_()
     found = made(x, cu_seqlens=None if bounds is None else torch.tensor(bounds))
     want = torch.stack([defined(made, row, bounds or (0, 60)) for row in x])
     assert relative_error(found, want) < 1e-9
-    assert seen["window"] == ((-1, 0) if blend == "delayed_chunk" else (W - 1, 0))
+    assert flash["window"] == ((-1, 0) if blend == "delayed_chunk" else (W - 1, 0))
     wanted = [x, *made.parameters()]
     have, expected = (torch.autograd.grad(y.square().sum(), wanted) for y in (found, want))
     assert all(relative_error(a, b) < 1e-9 for a, b in zip(have, expected, strict=True))
 
 
 @pytest.mark.parametrize("blend", BLENDS)
-def test_more_documents_than_a_call_of_flash_attention_takes_are_read_in_bands(monkeypatch, blend):
-    import torch.nn.attention.varlen as varlen
-
-    seen = {}
-    monkeypatch.setattr(varlen, "varlen_attn", stand_in(seen))
-    monkeypatch.setattr(flash_window, "flash_refusal", lambda q, v: None)
+def test_more_documents_than_a_call_of_flash_attention_takes_are_read_in_bands(monkeypatch, flash, blend):
     monkeypatch.setattr(flash_window, "MOST_DOCUMENTS", 3)
-    monkeypatch.setattr(sys.modules["hola_kernels.hqlt"], "choose_backend", lambda *_: "triton")
     made, x = layer(blend), given(60)
     for bounds in ((0, 20, 60), (0, 1, 2, 3, 60)):
-        seen.clear()
+        flash.clear()
         found = made(x, cu_seqlens=torch.tensor(bounds))
         assert relative_error(found[0], defined(made, x[0], bounds)) < 1e-9
-        assert bool(seen) == (blend != "delayed_chunk" and len(bounds) == 3)  # 60 tokens have room for 3 more chunks
+        assert bool(flash) == (blend != "delayed_chunk" and len(bounds) == 3)  # 60 tokens have room for 3 more chunks
+
+
+@pytest.mark.parametrize("blend", BLENDS)
+def test_small_chunks_are_read_in_bands(flash, blend):
+    """For each of them flash attention would hold 128 rows more."""
+    made, x = layer(blend, window=15), given(60)
+    assert relative_error(made(x)[0], defined(made, x[0], (0, 60))) < 1e-9
+    assert bool(flash) == (blend != "delayed_chunk")
 
 
 def test_chunks_are_documents():

@@ -6,11 +6,13 @@ from pathlib import Path
 
 import pytest
 
+from hola_kernels.hqlt import flash_window
 from hola_megatron.config import load_recipe
 from hola_megatron.layers.costs import Share
 from hola_megatron.layers.gdn.costs import spans
 from hola_megatron.layers.hola import HOLA
 from hola_megatron.layers.hola.costs import read_workspace
+from hola_megatron.layers.hqlt import HQLT, costs
 from hola_megatron.plan.activations import saved_by_layer
 from hola_megatron.plan.memory import GB, _moments, live_micro_batches, stage_memory, worst_stage
 
@@ -63,6 +65,16 @@ def test_layers_without_a_state_need_no_room_for_its_gradients():
     with_state, without = (Share(load_recipe(RECIPES / "hola_340m.yaml", [*changes, f"model.rule={rule}"]))
                            for rule in ("gdn", "none"))
     assert HOLA.workspace(without) == read_workspace(with_state, HOLA) < HOLA.workspace(with_state)
+
+
+def test_small_chunks_of_hqlt_are_counted_as_bands():
+    assert costs.LEAST_CHUNK == flash_window.LEAST_CHUNK
+    by_window = {}
+    for window in (15, 16):
+        share = Share(load_recipe(RECIPES / "hqlt_delayed_chunk_340m.yaml", [f"model.hqlt.window={window}"]))
+        by_window[window] = {term.name for term in costs.saved(share, HQLT)}
+    assert by_window[15] ^ by_window[16] == {"bands of q k v and their softmax", "cosines and sines, mask",
+                                             "rotated q and k", "v and output of the window"}
 
 
 def test_recompute_keeps_inputs_and_one_layer():

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from hola_megatron.layers.recipe_view import ModelConfig
     from hola_megatron.layers.spec import LayerKind
 
+LEAST_CHUNK = 16  # as in hola_kernels.hqlt.flash_window
 SCALES = 8  # float32 numbers a token and head that a chunk of the rule keeps
 
 
@@ -70,9 +71,10 @@ def _window_saved(share: Share, heads: int) -> list[Term]:
     """Of rotary positions and the softmax: by flash attention in 16 bits, else in bands."""
     model, e, window = share.recipe.model, share.number, share.recipe.model.hqlt.window
     key, value = heads * model.key_dim, heads * model.value_dim
-    if e == 2 and model.key_dim == model.value_dim:
+    chunked = model.hqlt.blend == "delayed_chunk"
+    if e == 2 and model.key_dim == model.value_dim and not (chunked and window < LEAST_CHUNK):
         # v after SiLU in rows of its own: the rule holds a copy of both passes, or of another order
-        values = value if model.hqlt.blend == "delayed_chunk" or share.interleaved else 0
+        values = value if chunked or share.interleaved else 0
         read = value if model.hqlt.mixing == "sum" else 0  # the merge does not hold it
         return [Term("kernels", "rotated q and k", share.tokens * 2 * key * e),
                 Term("kernels", "v and output of the window", share.tokens * (values + read) * e),

@@ -19,6 +19,8 @@ from hola_kernels.rotary import rotary_
 from hola_kernels.softmax_attention.flash_documents import attend_flash, flash_refusal
 
 MOST_DOCUMENTS = 65535  # of a call: they are the second axis of flash attention's grid
+# tokens; its backward pass holds dq in float32 with 128 more rows a document: nine rows a token for chunks of 16
+LEAST_CHUNK = 16
 
 
 def flash_window(q_BTHK: Tensor, k_BTHK: Tensor, v_BTHV: Tensor, documents: PackedDocuments | None, bounds: Tensor, *,
@@ -27,8 +29,10 @@ def flash_window(q_BTHK: Tensor, k_BTHK: Tensor, v_BTHV: Tensor, documents: Pack
 
     bounds [N + 1]: the documents, or the rows of a batch, among the flat tokens. q and k are rotated here, in copies.
     """
-    refusal = flash_refusal(q_BTHK, v_BTHV)
     tokens, count = v_BTHV.shape[0] * v_BTHV.shape[1], bounds.numel() - 1
+    refusal = flash_refusal(q_BTHK, v_BTHV)
+    if chunked and window < LEAST_CHUNK:
+        refusal = refusal or f"chunks of fewer than {LEAST_CHUNK} tokens"
     if (count + tokens // window if chunked else count) > MOST_DOCUMENTS:
         refusal = refusal or f"more than {MOST_DOCUMENTS} documents or chunks"
     _announce("flash attention" if refusal is None else "bands of torch", refusal or "CUDA device")
