@@ -60,6 +60,15 @@ def test_gradients_at_other_strides(merge):
     assert all(relative_error(a, b) < 1e-6 for a, b in zip(have, want, strict=True))
 
 
+@pytest.mark.parametrize("merge", MERGES)
+def test_gates_whose_numbers_lie_apart(merge):
+    state, exact, gate = inputs(merge)
+    apart = torch.stack([gate, torch.zeros_like(gate)], -1).flatten(-2)[..., ::2]  # the same numbers, every second one
+    have, want = (torch.autograd.grad(merge_outputs(state, exact, weights, merge, backend="triton").square().sum(),
+                                      (state, exact, gate)) for weights in (apart, gate))
+    assert all(torch.equal(a, b) for a, b in zip(have, want, strict=True))
+
+
 def test_float64_is_refused():
     with pytest.raises(KernelError, match="the merge of two outputs does not take float64"):
         merge_outputs(*inputs("two", torch.float64), "two", backend="triton")
