@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from hola_kernels.errors import KernelError
-from hola_kernels.memo import hold, is_capturing, is_constant, mark_constant
+from hola_kernels.memo import hold, is_capturing, is_constant, mark_constant, memoise
 from hola_kernels.transfer import sent
 
 INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
@@ -62,6 +62,14 @@ class PackedDocuments:
             with torch.inference_mode(False):
                 self._sent[device] = mark_constant(sent(self.host(), device))
         return hold(self._sent[device])
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest document, or where they are not known on the host a bound of them: max_seqlen."""
+        if self._host is None and self.max_seqlen is not None:
+            return self.max_seqlen
+        host = self.host()
+        return max(memoise(host, "longest", lambda: int(host.diff().max())), self.max_seqlen or 0)
 
     def check(self, tokens: int | None) -> None:
         """KernelError unless cu_seqlens rises from 0 to `tokens` (None: to anywhere)."""

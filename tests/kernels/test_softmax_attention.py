@@ -159,7 +159,9 @@ def test_the_cuts_that_flash_attention_gets():
     assert again[0] is bounds and again[1] is key_bounds
     bounds, key_bounds, longest = flash_documents._bounds(None, 3, 7, 2, torch.device("cpu"))
     assert bounds.tolist() == [0, 7, 14, 21] and key_bounds.tolist() == [0, 9, 18, 27] and longest == 7
-    assert flash_documents.longest_of(PackedDocuments(torch.tensor([0, 4, 30]), 512)) == 512
+    assert PackedDocuments(torch.tensor([0, 4, 30]), 512).longest == 512
+    # a bound that is too low would leave out tokens: known lengths count
+    assert PackedDocuments(torch.tensor([0, 4, 30]), 5).longest == 26
 
 
 @pytest.mark.parametrize("bounds", [[0, 100, 300], [0, 0, 100, 300], [0, 0, 0, 1, 100, 100, 300, 300]], ids=str)

@@ -53,8 +53,8 @@ def hqlt_attention(*, q: Tensor, k: Tensor, v: Tensor, beta: Tensor, mix: Tensor
     softmax), [B, T, H, V] for "vector", None for "sum". window: W, in tokens. rope_theta: base of the rotary positions.
     cu_seqlens, backend: as in `gated_delta_rule`. The Triton backend reads the window by flash attention where that
     takes the dtype and the widths, else, as the others, scaled_dot_product_attention reads bands of it.
-    max_seqlen: no document is longer. A value too low is an error that nobody sees: flash attention leaves later tokens
-    out.
+    max_seqlen: no document is longer. With cu_seqlens on a GPU a value too low is an error that nobody sees: flash
+    attention leaves later tokens out.
     Raises KernelError.
     """
     check_tokens(q, k, v, beta=beta)

@@ -76,15 +76,7 @@ def _bounds(documents: PackedDocuments | None, rows: int, queries: int, earlier:
         key_bounds = rows_as_segments(rows, queries + earlier, device)
         return _int32_bounds(bounds, 0), _int32_bounds(key_bounds, 0), longest
     bounds = documents.on(device)
-    return _int32_bounds(bounds, 0), _int32_bounds(bounds, earlier), longest_of(documents)
-
-
-def longest_of(documents: PackedDocuments) -> int:
-    """Tokens of the longest document, or a bound of them; read on the host only where they came from there."""
-    if documents.max_seqlen is not None:
-        return documents.max_seqlen
-    host = documents.host()
-    return memoise(host, "longest", lambda: int(host.diff().max()))
+    return _int32_bounds(bounds, 0), _int32_bounds(bounds, earlier), documents.longest
 
 
 def _int32_bounds(bounds: Tensor, earlier: int) -> Tensor:
