@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
+from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
@@ -34,6 +35,9 @@ class BalancingWeight:
         moe = recipe.model.moe
         self._used = moe.experts is not None and moe.balancing == "aux_loss"
         self._share = torch.ones(1, device=device)  # the shape of Megatron's own scale
+        # Megatron holds the scale in a class: one that an earlier model of this process left may have another device
+        # or shape, and would be copied into
+        MoEAuxLossAutoScaler.main_loss_backward_scale = None
         if self._used:
             config.moe_grad_scale_func = lambda: self._share
 

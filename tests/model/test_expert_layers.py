@@ -165,3 +165,14 @@ def test_without_experts_nothing_is_kept_of_them():
     made = build_recipe(MICRO)
     engine = engine_of(dataclasses.replace(made))
     assert engine.router_biases() == {}
+
+
+@pytest.mark.parametrize("balancing", ["aux_loss", "bias"])
+def test_the_scale_that_an_earlier_model_left_is_not_used(balancing):
+    """Megatron holds it in a class, in the shape and on the device of the first."""
+    from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
+
+    made = recipe({"balancing": balancing})
+    MoEAuxLossAutoScaler.main_loss_backward_scale = torch.tensor(7.0)  # of a backward pass without an engine: no axis
+    assert step(engine_of(made), made).updated
+    assert MoEAuxLossAutoScaler.main_loss_backward_scale.shape == (1,)
